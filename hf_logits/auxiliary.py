@@ -1,0 +1,565 @@
+"""A second model that follows a generation: the engine under every guided decoder.
+
+The contract: *the cache is an optimisation, never a memory*. What [`AuxiliaryLM`] returns is a pure function of the token ids
+that it is shown. Rows may be permuted, duplicated or dropped, tokens may be taken back, prompts may change from call to call.
+The cache is found again by comparing tokens, and what it does not hold is computed.
+
+All contexts of one model are rows of one batch. A row is a *key*: two head columns (which adapter, which batch item's
+encoder or image inputs), then the ids of the context, with -1 on left padding. Rows with equal keys have equal states, so
+one integer comparison answers every question about reuse.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
+
+from hf_logits.prefix import PromptTracker, Step, match_prefixes
+from hf_logits.prompts import Rewrite
+
+
+logger = logging.get_logger(__name__)
+
+BASE = "__base__"
+"""The adapter name that PEFT gives to the model without adapters."""
+
+_HEAD = 2  # columns of a key before its ids
+_PADDING = -1
+
+
+@dataclass(frozen=True)
+class Context:
+    """One way in which an auxiliary model reads the generation.
+
+    Args:
+        prompt ([`~hf_logits.prompts.Rewrite`], *optional*):
+            Makes this context's prompt out of the main one; generated tokens follow it. `None`: the main prompt itself.
+        adapter (`str`, *optional*):
+            An adapter of a [`~peft.PeftModel`], or `"__base__"` for the model without. `None`: the model as it is.
+        inputs (`Mapping[str, Any]`, *optional*):
+            Further inputs of the prompt for `items` items of the batch: an encoder's `input_ids` and `attention_mask`, or a
+            vision-language model's `pixel_values` (or `mm_encoder_outputs`, to encode an image once for two contexts).
+        items (`int`, *optional*, defaults to `0`):
+            For how many items of the batch `inputs` are.
+    """
+
+    prompt: Rewrite | None = None
+    adapter: str | None = None
+    inputs: Mapping[str, Any] | None = None
+    items: int = 0
+
+
+@dataclass
+class EngineStats:
+    """What an [`AuxiliaryLM`] has cost.
+
+    Attributes:
+        forwards (`int`): calls of the model.
+        tokens (`int`): tokens fed, all rows together, padding left out.
+        prefill_rows (`int`): rows that were started from nothing.
+    """
+
+    forwards: int = 0
+    tokens: int = 0
+    prefill_rows: int = 0
+
+
+@dataclass
+class _State:
+    """What has been fed, row by row. Every tensor has one row a key."""
+
+    keys: Tensor  # [F, 2 + W]
+    cache: Cache
+    log_probs: dict[int, Tensor] = field(default_factory=dict)  # number of ids read -> [F, V], next-token log-probs
+    token_log_probs: Tensor | None = None  # [F, W or more]: of every id given those before it
+    offsets: Tensor | None = (
+        None  # [F, 1]: position minus index, for models that give an image fewer positions than tokens
+    )
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[1] - _HEAD
+
+    def select(self, rows: Int[Tensor, " F"]) -> None:
+        self.keys = self.keys[rows]
+        self.cache.reorder_cache(rows)
+        self.log_probs = {length: values[rows] for length, values in self.log_probs.items()}
+        self.token_log_probs = None if self.token_log_probs is None else self.token_log_probs[rows]
+        self.offsets = None if self.offsets is None else self.offsets[rows]
+
+    def crop(self, length: int) -> None:
+        if length < self.length:
+            self.cache.crop(length - self.length)
+            self.keys = self.keys[:, : _HEAD + length]
+            self.log_probs = {n: values for n, values in self.log_probs.items() if n <= length}
+
+
+class AuxiliaryLM:
+    """Next-token log-probabilities of a model, in one or more contexts, for whatever rows `generate` shows.
+
+    Right under greedy search, sampling, beams, returned sequences, left padding, assisted decoding and reuse of one object
+    over many generations. In the plain case a step feeds exactly the new column, for all contexts in one forward. An engine
+    that is not asked costs nothing; asked again, it catches up in one forward. Recurrent (state-space) models can neither
+    take tokens back nor read several at once behind a state: they start again, and catch up token by token.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model; put into eval mode. It may be the generating model itself.
+        contexts (`Sequence[Context]`, *optional*):
+            How it reads the generation. Defaults to one context, the main ids themselves.
+        pad_token_id (`int`, *optional*):
+            Id that pads the main prompts on the left. Defaults to the model's own, else to its end of text.
+        score_tokens (`bool`, *optional*, defaults to `False`):
+            Also keep `token_log_probs`, the log-probability of every token read.
+        prefill_chunk (`int`, *optional*, defaults to `1024`):
+            The most tokens a row that one forward reads of a long prompt.
+
+    Attributes:
+        stats ([`EngineStats`]): what it has cost so far.
+        vocab_size (`int`): entries of the model's logits.
+    """
+
+    # Results at this many last positions are kept for a single row: assisted decoding asks again for those of its draft.
+    _MEMO = 32
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        contexts: Sequence[Context] | None = None,
+        *,
+        pad_token_id: int | None = None,
+        score_tokens: bool = False,
+        prefill_chunk: int = 1024,
+    ):
+        self.model = model.eval()
+        self.contexts = self._given_contexts = tuple(contexts) if contexts is not None else (Context(),)
+        self.score_tokens = score_tokens
+        self.prefill_chunk = prefill_chunk
+        self.stats = EngineStats()
+        self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._encoder_decoder = bool(self._base.config.is_encoder_decoder)
+        self._adapters = list(dict.fromkeys(context.adapter for context in self.contexts))
+        self._check_contexts()
+
+        parameters = inspect.signature(self._base.forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
+        self._takes_positions = "position_ids" in parameters
+        self._takes_logits_to_keep = "logits_to_keep" in parameters
+        text_config = self._base.config.get_text_config(decoder=True)
+        layers = {type(layer) for layer in DynamicCache(config=text_config).layers}
+        # Attention layers that keep every token can be rolled back to any depth; the mask still applies a sliding window.
+        self._croppable = layers <= {DynamicLayer, DynamicSlidingWindowLayer}
+        self._cache_config = None if self._croppable else text_config
+        self._window: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._mrope = next((m for m in self._base.modules() if "rope_deltas" in vars(m)), None)
+        self.vocab_size = int(self._base.get_output_embeddings().weight.shape[0])
+        self._embeddings = int(self._base.get_input_embeddings().weight.shape[0])
+        self.tracker = tracker_for(model, pad_token_id)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens and free the cache."""
+        self._state: _State | None = None
+        self._prompts: tuple[Tensor, Tensor] | None = None
+        self._encoded: tuple[Tensor, Tensor] | None = None
+        self._scores: Tensor | None = None
+        self._vocab = self.vocab_size
+        self.tracker.reset()
+
+    def bind(self, encoder_inputs: Mapping[str, Any]) -> None:
+        """Give an encoder-decoder the encoder inputs of the coming batch, for the contexts that have none of their own."""
+        if not self._encoder_decoder:
+            raise ValueError(f"{type(self._base).__name__} has no encoder: it reads the generated ids themselves.")
+        items = len(encoder_inputs["input_ids"])
+        self.contexts = tuple(
+            replace(context, inputs=encoder_inputs, items=items) if context.inputs is None else own
+            for context, own in zip(self._given_contexts, self.contexts, strict=True)
+        )
+        self.reset()
+
+    @torch.no_grad()
+    def __call__(
+        self, input_ids: Int[Tensor, "R L"], *, step: Step | None = None, vocab_size: int | None = None
+    ) -> Float[Tensor, "N R V"]:
+        """Log-probabilities of the next token.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `[R, L]`): the main model's ids, padding included.
+            step ([`~hf_logits.prefix.Step`], *optional*): where the caller's own tracker placed this call.
+            vocab_size (`int`, *optional*): entries of the main model's logits. What only one of the models has is left out
+                before the softmax.
+
+        Returns:
+            `torch.FloatTensor` of shape `[contexts, R, V]` with `V` the smaller of both vocabularies, float32, normalised, on the
+            device of `input_ids`.
+        """
+        step = self.tracker.observe(input_ids) if step is None else step
+        shared = self.vocab_size if vocab_size is None else min(self.vocab_size, vocab_size)
+        if shared != self._vocab:
+            self._state, self._vocab = None, shared
+        keys = self._keys(step)
+        if step.position and (vocab_size is None or vocab_size > self._embeddings):
+            self._check_ids(int(keys[:, -step.position :].max()))
+        log_probs = self._read(keys).to(input_ids.device)
+        return log_probs.view(len(self.contexts), input_ids.shape[0], -1)
+
+    @property
+    def token_log_probs(self) -> Float[Tensor, "N R W"]:
+        """Of the rows of the last call: the log-probability of each id given those before it, 0 where nothing is before.
+
+        The ids are the contexts' own: right-aligned, so that the last column belongs to the newest token.
+        """
+        if self._scores is None:
+            raise RuntimeError("There are no token scores: build AuxiliaryLM(score_tokens=True), and call it first.")
+        return self._scores.view(len(self.contexts), -1, self._scores.shape[-1])
+
+    # --- keys: what this call asks for -------------------------------------------------------------------------------
+
+    def _keys(self, step: Step) -> Int[Tensor, "F K"]:
+        """The rows of this call: head columns, the contexts' prompts, the generated ids."""
+        main = step.input_ids[:, : step.prompt_length].masked_fill(~step.prompt_mask, _PADDING)
+        if self._prompts is None or self._prompts[0].shape != main.shape or not torch.equal(self._prompts[0], main):
+            self._prompts = (main, self._context_prompts(main).to(self._base.device))
+        generated = step.input_ids[:, step.prompt_length :].to(self._base.device)
+        keys = torch.cat([self._prompts[1], generated.repeat(len(self.contexts), 1)], dim=1)
+        if self._window is not None and keys.shape[1] - _HEAD == self._window + 1:
+            self._leave_window()
+        return keys
+
+    def _context_prompts(self, main: Int[Tensor, "R P"]) -> Int[Tensor, "F K"]:
+        rows = main.shape[0]
+        plain = [[i for i in row if i != _PADDING] for row in main.tolist()]
+        keys: list[list[int]] = []
+        first_item = 0
+        for context in self.contexts:
+            if context.items and rows % context.items:
+                raise ValueError(
+                    f"A context has inputs for {context.items} items, but generation runs {rows} rows: give inputs for each item of the "
+                    "batch."
+                )
+            for row, ids in enumerate(plain):
+                ids = ids if context.prompt is None else context.prompt(ids, row, rows)
+                item = first_item + row // (rows // context.items) if context.items else 0
+                keys.append([self._adapters.index(context.adapter), item, *ids])
+            first_item += context.items
+        self._check_prompts(keys)
+        # Contexts differ in length: the shorter ones are padded on the left, and from there all grow together.
+        width = max(len(key) for key in keys)
+        return torch.tensor([key[:_HEAD] + [_PADDING] * (width - len(key)) + key[_HEAD:] for key in keys])
+
+    # --- reading: from the cache where it has the answer, from the model where not -------------------------------------
+
+    def _read(self, keys: Int[Tensor, "F K"]) -> Float[Tensor, "F V"]:
+        state, length = self._state, keys.shape[1] - _HEAD
+        if state is not None and keys.shape == (state.keys.shape[0], _HEAD + state.length + 1):
+            if torch.equal(keys[:, :-1], state.keys):
+                self._feed(state, keys)
+                return self._result(state, length)
+
+        parents, kept = self._reusable(state, keys)
+        if state is None or kept < self._least_kept():
+            self._state = None  # frees the old cache before the new one grows
+            state = self._start(keys)
+            parents, kept = self._reusable(state, keys)
+        if kept == length:
+            self._state = state
+            return self._result(state, length, parents)
+
+        inverse = None
+        if length - kept > 1:
+            # What beams and returned sequences have in common is read once.
+            unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
+            if unique.shape[0] < keys.shape[0]:
+                rows = torch.arange(keys.shape[0], device=keys.device)
+                parents = parents[torch.empty_like(unique[:, 0]).scatter_(0, inverse, rows)]
+                keys = unique
+            else:
+                inverse = None
+        self._state = None  # a forward that fails must not leave a half-moved state behind
+        if parents.shape[0] != state.keys.shape[0] or not torch.equal(
+            parents, torch.arange(len(parents), device=keys.device)
+        ):
+            state.select(parents)
+        state.crop(kept)
+        self._feed(state, keys)
+        if inverse is not None:
+            state.select(inverse)
+        self._state = state
+        return self._result(state, length)
+
+    def _reusable(self, state: _State | None, keys: Int[Tensor, "F K"]) -> tuple[Tensor, int]:
+        """Which row of `state` each key continues, and how many leading ids of all rows need not be fed again."""
+        if state is None or state.length == 0:
+            return torch.arange(keys.shape[0], device=keys.device), 0
+        length = keys.shape[1] - _HEAD
+        shared, parents = match_prefixes(keys, state.keys)
+        kept = int(shared.min()) - _HEAD
+        if kept >= length:
+            kept = length if length in state.log_probs else length - 1
+        if kept < min(state.length, length) and not self._croppable:
+            kept = 0
+        if self.score_tokens and 0 < kept < length and kept not in state.log_probs:
+            kept -= 1  # the score of the next token needs the prediction before it
+        return parents, kept
+
+    def _least_kept(self) -> int:
+        """A state that shares less than this many ids is of no use."""
+        with_inputs = self._prompts is not None and not self._encoder_decoder and any(c.items for c in self.contexts)
+        return self._prompts[1].shape[1] - _HEAD if with_inputs and self._prompts is not None else 1
+
+    def _start(self, keys: Int[Tensor, "F K"]) -> _State:
+        """An empty state, or one that has read the prompts of all items that come with images."""
+        cache = DynamicCache(config=self._cache_config) if self._cache_config is not None else DynamicCache()
+        if self._encoder_decoder:
+            self._encoded = self._encode()
+            return _State(keys[:, :_HEAD], EncoderDecoderCache(cache, DynamicCache()))
+        if not any(context.items for context in self.contexts):
+            return _State(keys[:, :_HEAD], cache)
+        assert self._prompts is not None
+        prompts, context = self._prompts[1], self.contexts[0]
+        state = _State(prompts[:: prompts.shape[0] // context.items, :_HEAD], cache)
+        self._feed(state, prompts[:: prompts.shape[0] // context.items], context.inputs)
+        return state
+
+    def _feed(self, state: _State, keys: Int[Tensor, "F K"], inputs: Mapping[str, Any] | None = None) -> None:
+        """Read the columns of `keys` that `state` has not read."""
+        start, stop = state.length, keys.shape[1] - _HEAD
+        real = keys[:, _HEAD:] != _PADDING
+        if start == 0:
+            self.stats.prefill_rows += keys.shape[0]
+            state.keys = keys[:, :_HEAD]
+        chunk = self.prefill_chunk
+        if inputs is not None or (start == 0 and not self._croppable):
+            chunk = stop  # images must be read with their prompt; a recurrent prefill has no state to begin from
+        elif not self._croppable:
+            chunk = 1
+        for begin in range(start, stop, chunk):
+            end = min(begin + chunk, stop)
+            logits = self._forward(state, keys, real, begin, end, inputs)
+            last = logits[:, -1, : self._vocab].float().log_softmax(-1)
+            if bool(last.isnan().any()):
+                raise ValueError(
+                    f"{type(self._base).__name__} returned NaN logits as an auxiliary model: float16 overflows in some models, load it in "
+                    "bfloat16 or float32."
+                )
+            if self.score_tokens:
+                self._score(state, keys, real, begin, end, logits)
+            single = keys.shape[0] == len(self.contexts)
+            oldest = end - self._MEMO if single else end
+            state.log_probs = {n: values for n, values in state.log_probs.items() if n > oldest} | {end: last}
+            state.keys = keys[:, : _HEAD + end]
+            self.stats.forwards += 1
+        self.stats.tokens += int(real[:, start:].sum())
+
+    def _forward(
+        self, state: _State, keys: Tensor, real: Tensor, begin: int, end: int, inputs: Mapping[str, Any] | None
+    ) -> Float[Tensor, "F T V"]:
+        seen = real[:, :end]
+        extra: dict[str, Any] = {self._cache_name: state.cache, "use_cache": True}
+        if self._encoder_decoder:
+            assert self._encoded is not None
+            hidden, mask = self._encoded
+            extra["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden[keys[:, 1]])
+            extra["attention_mask"] = mask[keys[:, 1]]
+        elif inputs is not None or not bool(seen.all()):
+            extra["attention_mask"] = seen.long()
+        if self._takes_positions and not (inputs is not None and self._mrope is not None):
+            positions = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, begin:]
+            if state.offsets is not None:
+                positions = (positions + state.offsets)[None].expand(3, -1, -1)  # time, height, width
+            extra["position_ids"] = positions
+        if self._takes_logits_to_keep and not self.score_tokens:
+            extra["logits_to_keep"] = 1
+        with self._own_rope_deltas(), self._adapter_scope():
+            prepared = self._base.prepare_inputs_for_generation(
+                keys[:, _HEAD : _HEAD + end].clamp(min=0),
+                next_sequence_length=end - begin,
+                is_first_iteration=begin == 0,
+                **extra,
+                **(inputs or {}),
+            )
+            logits = self.model(**prepared, **self._adapter_names(keys)).logits
+            if inputs is not None and self._mrope is not None:
+                deltas = self._mrope.rope_deltas
+                state.offsets = torch.zeros_like(keys[:, :1]) if deltas is None else deltas.to(keys.device).view(-1, 1)
+        if begin == 0 and not len(state.cache):
+            raise ValueError(
+                f"{type(self._base).__name__} does not keep its state in a transformers `Cache`, so it cannot follow a generation as an "
+                "auxiliary model."
+            )
+        return logits
+
+    def _score(self, state: _State, keys: Tensor, real: Tensor, begin: int, end: int, logits: Tensor) -> None:
+        """Append the log-probabilities of the ids in columns `begin` to `end`."""
+        ids = keys[:, _HEAD + begin : _HEAD + end]
+        known = state.token_log_probs if state.token_log_probs is not None else logits.new_zeros(len(keys), 0).float()
+        inner = logits[:, :-1, : self._vocab].float().log_softmax(-1)
+        if begin in state.log_probs:
+            inner = torch.cat([state.log_probs[begin][:, None], inner], dim=1)
+            known = known[:, :begin]
+        else:  # the first id has nothing before it, or was scored before the cache was taken back
+            known = known[:, : begin + 1] if begin else logits.new_zeros(len(keys), 1).float()
+            ids = ids[:, 1:]
+        scores = inner.gather(-1, ids.clamp(0, self._vocab - 1)[..., None])[..., 0]
+        # No opinion on ids of the main model's own, and nothing to say about padding or the first real id.
+        first = end - ids.shape[1]
+        before = real[:, first - 1 : end - 1] if first else real[:, :0]
+        scores = scores.masked_fill(~before | (ids >= self._vocab) | (ids == _PADDING), 0.0)
+        state.token_log_probs = torch.cat([known, scores], dim=1)
+
+    def _result(self, state: _State, length: int, rows: Tensor | None = None) -> Float[Tensor, "F V"]:
+        if state.token_log_probs is not None:
+            scores = state.token_log_probs[:, :length]
+            self._scores = scores if rows is None else scores[rows]
+        return state.log_probs[length] if rows is None else state.log_probs[length][rows]
+
+    # --- the model's surroundings --------------------------------------------------------------------------------------
+
+    def _encode(self) -> tuple[Tensor, Tensor]:
+        """Encoder states of all contexts' items, one below the other, and their mask."""
+        device = self._base.device
+        states, masks = [], []
+        for context in self.contexts:
+            if context.inputs is None:
+                raise ValueError(
+                    f"{type(self._base).__name__} is an encoder-decoder: as an auxiliary model it needs its own encoder inputs. Pass "
+                    "encoder_inputs=tokenizer(texts, return_tensors='pt', padding=True), or bind(encoder_inputs=...) before each batch."
+                )
+            ids = torch.as_tensor(context.inputs["input_ids"]).to(device)
+            mask = torch.as_tensor(context.inputs.get("attention_mask", torch.ones_like(ids))).to(device)
+            with self._adapter_scope():
+                encoder = self._base.get_encoder()
+                states.append(encoder(input_ids=ids, attention_mask=mask).last_hidden_state)
+            masks.append(mask)
+        width = max(mask.shape[1] for mask in masks)
+        hidden = [nn.functional.pad(state, (0, 0, 0, width - state.shape[1])) for state in states]
+        return torch.cat(hidden), torch.cat([nn.functional.pad(mask, (0, width - mask.shape[1])) for mask in masks])
+
+    @contextlib.contextmanager
+    def _own_rope_deltas(self) -> Iterator[None]:
+        """Some vision-language models keep the generating prompt's position offset on the module: hand it back untouched."""
+        saved = self._mrope.rope_deltas if self._mrope is not None else None
+        try:
+            yield
+        finally:
+            if self._mrope is not None:
+                self._mrope.rope_deltas = saved  # type: ignore[assignment]
+
+    def _adapter_scope(self) -> contextlib.AbstractContextManager[Any]:
+        if self._adapters == [BASE] and isinstance(self.model, PeftModel):
+            return self.model.disable_adapter()
+        return contextlib.nullcontext()
+
+    def _adapter_names(self, keys: Tensor) -> dict[str, list[str]]:
+        """One adapter name a row, where rows differ: one forward then serves the base and all its adapters."""
+        if self._adapters in ([None], [BASE]):
+            return {}
+        assert isinstance(self.model, PeftModel)
+        names = [self.model.active_adapter if name is None else name for name in self._adapters]
+        return {"adapter_names": [names[i] for i in keys[:, 0].tolist()]}
+
+    # --- what cannot be right is refused ---------------------------------------------------------------------------------
+
+    def _check_contexts(self) -> None:
+        if not self.contexts:
+            raise ValueError("AuxiliaryLM needs at least one Context.")
+        named = {name for name in self._adapters if name is not None}
+        if named and not isinstance(self.model, PeftModel):
+            raise ValueError(
+                f"Adapters {sorted(named)} were named, but the model is a {type(self.model).__name__}: pass a PeftModel."
+            )
+        if isinstance(self.model, PeftModel):
+            unknown = named - {BASE} - set(self.model.peft_config)
+            if unknown:
+                raise ValueError(
+                    f"Unknown adapters {sorted(unknown)}; the model has {sorted(self.model.peft_config)}."
+                )
+            if self._adapters != [BASE] and any(c.is_prompt_learning for c in self.model.peft_config.values()):
+                raise ValueError(
+                    "Prompt-learning adapters (prompt, prefix or p-tuning) carry a cache of their own: as an auxiliary model use a LoRA "
+                    "adapter, or merge_and_unload()."
+                )
+            if self._encoder_decoder and len(self._adapters) > 1:
+                raise ValueError(
+                    "An encoder-decoder reads its contexts under one adapter: build one AuxiliaryLM for each."
+                )
+        with_inputs = [context for context in self.contexts if context.items]
+        if with_inputs and not self._encoder_decoder and len(self.contexts) > 1:
+            raise ValueError(
+                "A context with image inputs needs an AuxiliaryLM of its own: its prompt is read by itself."
+            )
+
+    def _check_prompts(self, keys: list[list[int]]) -> None:
+        for context, key in zip(self.contexts, keys[:: len(keys) // len(self.contexts)], strict=True):
+            if len(key) == _HEAD:
+                raise ValueError(
+                    "The auxiliary model has no prompt to read: generate() was given inputs_embeds without input_ids. Pass input_ids, or "
+                    "give the context a prompt of its own."
+                )
+            image = getattr(self._base.config, "image_token_id", getattr(self._base.config, "image_token_index", None))
+            if image is not None and image in key[_HEAD:] and not context.items:
+                raise ValueError(
+                    "The prompt holds image tokens, but the auxiliary model was given no image: pass the processor's whole output "
+                    "(pixel_values and all) as this context's prompt."
+                )
+        longest = max(len(key) for key in keys) - _HEAD
+        if self._window is not None and longest > self._window:
+            raise ValueError(
+                f"The auxiliary prompt has {longest} tokens, but {type(self._base).__name__} holds {self._window} "
+                "(max_position_embeddings): shorten the prompt (or the negative examples), or use an auxiliary model with a longer window."
+            )
+        self._check_ids(max(max(key[_HEAD:], default=0) for key in keys))
+
+    def _check_ids(self, highest: int) -> None:
+        if highest >= self._embeddings:
+            raise ValueError(
+                f"Token id {highest} is unknown to the auxiliary {type(self._base).__name__}, which embeds {self._embeddings} ids: use a model "
+                "of the same family, resize_token_embeddings(), or keep generate() from that token with suppress_tokens."
+            )
+
+    def _leave_window(self) -> None:
+        positions = [
+            module
+            for module in self._base.modules()
+            if isinstance(module, nn.Embedding) and module is not self._base.get_input_embeddings()
+        ]
+        assert self._window is not None
+        # Learned positions end; rotary and relative ones only get worse.
+        if any(self._window <= module.num_embeddings <= self._window + 2 for module in positions):
+            raise ValueError(
+                f"The auxiliary {type(self._base).__name__} has read {self._window} tokens and has no further positions: generate fewer "
+                "tokens, or use an auxiliary model with a longer window."
+            )
+        logger.warning_once(
+            f"An auxiliary {type(self._base).__name__} reads beyond its max_position_embeddings ({self._window}): expect worse guidance."
+        )
+
+
+def tracker_for(model: PreTrainedModel | PeftModel | None, pad_token_id: int | None) -> PromptTracker:
+    """A tracker that knows how prompts for `model` are padded: by `pad_token_id`, else as its configuration says."""
+    if model is None:
+        return PromptTracker(pad_token_id, begins_text=False)
+    config, generation = model.config, model.generation_config
+    ids = {
+        name: getattr(generation, name, None)
+        if getattr(generation, name, None) is not None
+        else getattr(config, name, None)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    }
+    ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+    pad = pad_token_id if pad_token_id is not None else ids["pad_token_id"]
+    pad = pad if pad is not None else ends[0]
+    begins = {ids["bos_token_id"], ids["decoder_start_token_id"]} | (
+        set(ends) if ids["bos_token_id"] is None else set()
+    )
+    return PromptTracker(pad, begins_text=pad in begins)

@@ -1,0 +1,86 @@
+"""Logit arithmetic that two methods or more share.
+
+Every function is pure, takes and returns tensors and never writes in place. The letters in the shapes: `R` rows (batch items
+times beams or returned sequences), `V` entries of the vocabulary. *Banned* means `-inf`: a token that an earlier processor has
+forbidden.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def log_probs(scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+    """Normalised log-probabilities of `scores`, at least in float32.
+
+    Scores at or below the smallest finite number of their dtype are bans in disguise (some processors write
+    `torch.finfo.min`) and come back as `-inf`.
+    """
+    banned = scores <= torch.finfo(scores.dtype).min
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    return scores.masked_fill(banned, -math.inf).log_softmax(-1)
+
+
+def entropy(log_probs: Float[Tensor, "*R V"]) -> Float[Tensor, "*R"]:
+    """Shannon entropy in bits of normalised log-probabilities; banned tokens count as zero."""
+    # H = -sum p log2 p, and 0 log 0 = 0
+    return -(log_probs.exp() * log_probs.masked_fill(log_probs.isneginf(), 0.0)).sum(-1) / math.log(2.0)
+
+
+def kl_divergence(p: Float[Tensor, "*R V"], q: Float[Tensor, "*R V"]) -> Float[Tensor, "*R"]:
+    """KL(p || q) in nats of two normalised log-probabilities; infinite where `p` lives on what `q` bans."""
+    # sum p (log p - log q) over the support of p
+    return (p.exp() * (p - q).masked_fill(p.isneginf(), 0.0)).sum(-1)
+
+
+def plausible(
+    log_probs: Float[Tensor, "R V"], beta: float | Tensor, *, min_tokens_to_keep: int = 1
+) -> Bool[Tensor, "R V"]:
+    """Adaptive plausibility: the tokens with `p >= beta * max p`, so that the most probable one always stays.
+
+    `beta` is a number or one per row, of shape `[R, 1]`. `0` keeps everything that is not banned. At least
+    `min_tokens_to_keep` of the most probable tokens stay. Contrastive Decoding, Li et al. 2022
+    (https://huggingface.co/papers/2210.15097), letter alpha there.
+    """
+    bound = (
+        log_probs.amax(-1, keepdim=True) + torch.as_tensor(beta, dtype=log_probs.dtype, device=log_probs.device).log()
+    )
+    if min_tokens_to_keep > 1:
+        bound = torch.minimum(bound, log_probs.topk(min(min_tokens_to_keep, log_probs.shape[-1])).values[:, -1:])
+    return (log_probs >= bound) & ~log_probs.isneginf()
+
+
+def top_p(log_probs: Float[Tensor, "R V"], mass: float) -> Bool[Tensor, "R V"]:
+    """Nucleus: the smallest set of most probable tokens that holds at least `mass`."""
+    ordered, order = log_probs.sort(dim=-1, descending=True, stable=True)
+    # a token stays while the mass in front of it is below the wanted one: the first always does
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    kept = (before < mass) & ~ordered.isneginf()
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def keep(scores: Float[Tensor, "R V"], kept: Bool[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+    """Ban what is not kept. Also clears NaN and `+inf` out of the banned places."""
+    return scores.masked_fill(~kept, -math.inf)
+
+
+def difference(a: Float[Tensor, "R V"], b: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+    """`a - b`, and 0 where both are banned (instead of NaN)."""
+    return (a - b).masked_fill(a.isneginf() & b.isneginf(), 0.0)
+
+
+def row_column(value: float | Tensor, rows: int, like: Tensor) -> float | Tensor:
+    """A hyper-parameter as arithmetic wants it: numbers stay, a `[B]` tensor becomes a column of `rows` rows.
+
+    `generate` repeats each batch item for beams and returned sequences, next to each other; so do we.
+    """
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value if not isinstance(value, Tensor) else value.item()
+    if rows % value.shape[0]:
+        raise ValueError(
+            f"A hyper-parameter was given as {value.shape[0]} per-row values, but generation runs {rows} rows: pass one number, or "
+            f"one value for each prompt of the batch."
+        )
+    return value.to(like).repeat_interleave(rows // value.shape[0])[:, None]

@@ -1,0 +1,222 @@
+"""Entropy-adaptive decoding: a large model takes over where the small one is uncertain."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hf_logits.auxiliary import Context
+from hf_logits.logits import entropy, row_column
+from hf_logits.prefix import Step
+from hf_logits.processing import AuxiliaryLogitsProcessor, Model, check_number
+
+
+logger = logging.get_logger(__name__)
+
+
+def switch(
+    large: Bool[Tensor, " R"],
+    stay: Float[Tensor, " R"],
+    mean_entropy: Float[Tensor, " R"],
+    *,
+    threshold: float | Tensor,
+    min_stay: int,
+) -> tuple[Bool[Tensor, " R"], Float[Tensor, " R"]]:
+    """One decision: the large model above the threshold, the small one at or below, neither before `min_stay` tokens.
+
+    Args:
+        large: whether the large model is at work.
+        stay: c, the tokens that it or the small one has generated since the last switch.
+        mean_entropy: in bits, over the window.
+
+    Returns:
+        The model to work from here on, and `stay`, 0 where it has changed.
+    """
+    changed = ((mean_entropy > threshold) != large) & (stay >= min_stay)
+    return large ^ changed, stay.masked_fill(changed, 0.0)
+
+
+def relative_cost(share: float, *, small: float, large: float) -> float:
+    """The paper's cost: active parameters a token, relative to the large model alone, catch-up not charged."""
+    return (share * large + (1.0 - share) * small) / large
+
+
+@dataclass
+class SwitchingCost:
+    """Three meters, because they differ: what the paper counts, what is sequential, what is computed.
+
+    Attributes:
+        share (`float`): of the tokens, those that the large model chose (f).
+        relative_cost (`float`): the paper's, if only the active model ran for each token.
+        relative_cost_here (`float`): as this processor works, where the small model always runs.
+        large_forwards (`int`): sequential forwards of the large model.
+        flops (`float`): 2 a parameter and token, catch-up of the large model included.
+        relative_flops (`float`): against the large model alone on the same tokens.
+    """
+
+    share: float
+    relative_cost: float
+    relative_cost_here: float
+    large_forwards: int
+    flops: float
+    relative_flops: float
+
+
+class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
+    """Entropy-adaptive decoding for a small model: use the large one while the entropy is high.
+
+    Simonds 2025, "Entropy Adaptive Decoding: Dynamic Model Switching for Efficient Inference"
+    (https://huggingface.co/papers/2502.06833). There is no published code, and this was built from summaries that quote the
+    formulas: the paper's threshold and minimum stay are not known to us, nor whether a switch acts on the same token
+    (`timing`), nor whose entropy counts (`entropy_of`). The large model is read only when some row needs it, and then
+    catches up in one forward. The small model always runs, as it is the one that generates.
+
+    Penalties and bans act on the small model's scores; the large model's are taken raw, and banned tokens stay banned. Under
+    beam search scores of both models meet in one sum, which is allowed but has no clear meaning. Under assisted decoding the
+    draft is switched too, which costs forwards and changes no token.
+
+    Args:
+        large_model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): shares the small model's tokenizer.
+        threshold (`float` or `[B]` tensor, *optional*, defaults to `1.0`): tau, in bits. Infinite: the small model alone.
+        window (`int`, *optional*, defaults to `5`): w, the entropies that are averaged; fewer at the beginning.
+        min_stay (`int`, *optional*, defaults to `5`): d_min, tokens before a model may be left.
+        timing (`str`, *optional*, defaults to `"now"`): `"now"`: a switch acts on the token whose entropy caused it; `"next"`: on
+            the one after.
+        entropy_of (`str`, *optional*, defaults to `"current"`): the model at work, or always the `"small"` one.
+        start (`str`, *optional*, defaults to `"small"`): the model to begin with, or `"large"`.
+        eos_token_id (`int` or list, *optional*): ends rows, which then never ask for the large model. Defaults to its own.
+        tokenizer, auxiliary_tokenizer, pad_token_id, encoder_inputs:
+            See [`~hf_logits.processing.AuxiliaryLogitsProcessor`].
+
+    The trace has `entropy` (bits, of the model at work), `large` (1 where it chose) and `stay`.
+    """
+
+    def __init__(
+        self,
+        large_model: Model,
+        *,
+        threshold: float | Tensor = 1.0,
+        window: int = 5,
+        min_stay: int = 5,
+        timing: Literal["now", "next"] = "now",
+        entropy_of: Literal["current", "small"] = "current",
+        start: Literal["small", "large"] = "small",
+        eos_token_id: int | Sequence[int] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        auxiliary_tokenizer: PreTrainedTokenizerBase | None = None,
+        pad_token_id: int | None = None,
+        encoder_inputs: dict[str, Tensor] | None = None,
+    ):
+        self.large_model = large_model
+        self.threshold = check_number("threshold", threshold, infinite=True)
+        for name, value, least in (("window", window, 1), ("min_stay", min_stay, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        for name, value, allowed in (
+            ("timing", timing, ("now", "next")),
+            ("entropy_of", entropy_of, ("current", "small")),
+            ("start", start, ("small", "large")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+        self.window, self.min_stay, self.timing, self.entropy_of, self.start = (
+            window,
+            min_stay,
+            timing,
+            entropy_of,
+            start,
+        )
+        eos = eos_token_id if eos_token_id is not None else large_model.generation_config.eos_token_id
+        self._eos = torch.tensor([eos] if isinstance(eos, int) else list(eos or []), dtype=torch.long)
+        super().__init__(
+            [(large_model, Context())],
+            tokenizer=tokenizer,
+            auxiliary_tokenizer=auxiliary_tokenizer,
+            pad_token_id=pad_token_id,
+            encoder_inputs=encoder_inputs,
+        )
+
+    def steer(self, step: Step, log_probs: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+        rows = log_probs.shape[0]
+        if step.parents is not None and rows > 1:
+            logger.warning_once("Entropy-adaptive decoding under beam search adds up scores of two models.")
+        large = self._before(step, "next_large", float(self.start == "large"))[:, -1].to(log_probs.device) > 0
+        stay = self._before(step, "stay", 0.0)[:, -1].to(log_probs.device)
+        # The threshold as a column, back to one value a row.
+        threshold = row_column(self.threshold, rows, log_probs)
+        threshold = threshold[:, 0] if isinstance(threshold, Tensor) else threshold
+        finished = self._finished(step)
+
+        of_small = entropy(log_probs)
+        answers: list[Tensor] = []
+        bits = of_small
+        if self.entropy_of == "current" and bool((large & ~finished).any()):
+            answers = [self._large(step, log_probs)]
+            bits = torch.where(large, entropy(answers[0]), of_small)
+        mean = torch.cat([self._before(step, "entropy", None).to(bits), bits[:, None]], dim=1)[:, -self.window :].mean(
+            -1
+        )
+
+        if self.timing == "now":
+            chooses, stay = switch(large, stay, mean, threshold=threshold, min_stay=self.min_stay)
+            after, stay = chooses, stay + 1
+        else:
+            chooses = large
+            after, stay = switch(large, stay + 1, mean, threshold=threshold, min_stay=self.min_stay)
+        chooses, after = chooses & ~finished, torch.where(finished, large, after)
+
+        self.record(step, entropy=bits, large=chooses.float(), stay=stay, next_large=after.float())
+        if not bool(chooses.any()):
+            return log_probs
+        answer = answers[0] if answers else self._large(step, log_probs)
+        return torch.where(chooses[:, None], answer, log_probs)
+
+    def _large(self, step: Step, log_probs: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+        """The large model's log-probabilities, with the bans of the small one's."""
+        return self.mix(log_probs, lambda main, large: large, *self.auxiliary_log_probs(step, log_probs.shape[-1]))
+
+    def _before(self, step: Step, name: str, first: float | None) -> Float[Tensor, "R t"]:
+        """The trace before this step, behind a first column where the recursion needs one to begin with."""
+        rows, device = step.input_ids.shape[0], step.input_ids.device
+        history = self._histories.get(name)
+        before = history.before(step) if history is not None else torch.empty(rows, 0, device=device)
+        return (
+            before
+            if first is None
+            else torch.cat([torch.full((rows, 1), first, device=device), before.to(device)], dim=1)
+        )
+
+    def _finished(self, step: Step) -> Bool[Tensor, " R"]:
+        """Rows that have ended and are only filled up with padding."""
+        generated = step.input_ids[:, step.prompt_length :]
+        if generated.shape[1] < 2 or not len(self._eos):
+            return torch.zeros(generated.shape[0], dtype=torch.bool, device=generated.device)
+        ended = torch.isin(generated[:, :-1], self._eos.to(generated.device)).any(-1)
+        return ended & (generated[:, -1] == self.tracker.pad_token_id)
+
+    def cost(self, small_model: PreTrainedModel | int) -> SwitchingCost:
+        """Costs of the last generation's tokens (meters of forwards: since the processor was made).
+
+        Args:
+            small_model ([`~transformers.PreTrainedModel`] or `int`): the generating model, or its number of parameters.
+        """
+        chosen = self.stats.trace.get("large")
+        if chosen is None:
+            raise RuntimeError("There is no cost yet: generate with the processor first.")
+        small = small_model if isinstance(small_model, int) else small_model.num_parameters()
+        large = self.engines[0].model.num_parameters()
+        share, tokens = float(chosen.mean()), chosen.numel()
+        flops = 2.0 * (small * tokens + large * self.engines[0].stats.tokens)
+        return SwitchingCost(
+            share=share,
+            relative_cost=relative_cost(share, small=small, large=large),
+            relative_cost_here=small / large + share,
+            large_forwards=self.engines[0].stats.forwards,
+            flops=flops,
+            relative_flops=flops / (2.0 * large * tokens),
+        )
