@@ -13,7 +13,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -92,7 +92,7 @@ class _State:
 
     def select(self, rows: Int[Tensor, " F"]) -> None:
         self.keys = self.keys[rows]
-        self.cache.reorder_cache(rows)
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
         self.log_probs = {length: values[rows] for length, values in self.log_probs.items()}
         self.token_log_probs = None if self.token_log_probs is None else self.token_log_probs[rows]
         self.offsets = None if self.offsets is None else self.offsets[rows]
@@ -146,7 +146,7 @@ class AuxiliaryLM:
         self.score_tokens = score_tokens
         self.prefill_chunk = prefill_chunk
         self.stats = EngineStats()
-        self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._base = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
         self._encoder_decoder = bool(self._base.config.is_encoder_decoder)
         self._adapters = list(dict.fromkeys(context.adapter for context in self.contexts))
         self._check_contexts()
@@ -161,9 +161,13 @@ class AuxiliaryLM:
         self._croppable = layers <= {DynamicLayer, DynamicSlidingWindowLayer}
         self._cache_config = None if self._croppable else text_config
         self._window: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._positions_end = any(
+            isinstance(module, nn.Embedding) and self._window in (module.num_embeddings, module.num_embeddings - 2)
+            for module in self._base.modules()
+            if module is not self._base.get_input_embeddings()
+        )
         self._mrope = next((m for m in self._base.modules() if "rope_deltas" in vars(m)), None)
-        self.vocab_size = int(self._base.get_output_embeddings().weight.shape[0])
-        self._embeddings = int(self._base.get_input_embeddings().weight.shape[0])
+        self.vocab_size: int = text_config.vocab_size
         self.tracker = tracker_for(model, pad_token_id)
         self.reset()
 
@@ -174,6 +178,7 @@ class AuxiliaryLM:
         self._encoded: tuple[Tensor, Tensor] | None = None
         self._scores: Tensor | None = None
         self._vocab = self.vocab_size
+        self._padded = False
         self.tracker.reset()
 
     def bind(self, encoder_inputs: Mapping[str, Any]) -> None:
@@ -208,7 +213,7 @@ class AuxiliaryLM:
         if shared != self._vocab:
             self._state, self._vocab = None, shared
         keys = self._keys(step)
-        if step.position and (vocab_size is None or vocab_size > self._embeddings):
+        if step.position and (vocab_size is None or vocab_size > self.vocab_size):
             self._check_ids(int(keys[:, -step.position :].max()))
         log_probs = self._read(keys).to(input_ids.device)
         return log_probs.view(len(self.contexts), input_ids.shape[0], -1)
@@ -228,11 +233,13 @@ class AuxiliaryLM:
     def _keys(self, step: Step) -> Int[Tensor, "F K"]:
         """The rows of this call: head columns, the contexts' prompts, the generated ids."""
         main = step.input_ids[:, : step.prompt_length].masked_fill(~step.prompt_mask, _PADDING)
+        if self._prompts is not None and (main.device, self._base.device) != tuple(p.device for p in self._prompts):
+            self._prompts = self._state = None  # somebody moved a model
         if self._prompts is None or self._prompts[0].shape != main.shape or not torch.equal(self._prompts[0], main):
             self._prompts = (main, self._context_prompts(main).to(self._base.device))
         generated = step.input_ids[:, step.prompt_length :].to(self._base.device)
         keys = torch.cat([self._prompts[1], generated.repeat(len(self.contexts), 1)], dim=1)
-        if self._window is not None and keys.shape[1] - _HEAD == self._window + 1:
+        if self._window is not None and keys.shape[1] - _HEAD > self._window:
             self._leave_window()
         return keys
 
@@ -255,6 +262,7 @@ class AuxiliaryLM:
         self._check_prompts(keys)
         # Contexts differ in length: the shorter ones are padded on the left, and from there all grow together.
         width = max(len(key) for key in keys)
+        self._padded = any(len(key) < width for key in keys)
         return torch.tensor([key[:_HEAD] + [_PADDING] * (width - len(key)) + key[_HEAD:] for key in keys])
 
     # --- reading: from the cache where it has the answer, from the model where not -------------------------------------
@@ -263,7 +271,9 @@ class AuxiliaryLM:
         state, length = self._state, keys.shape[1] - _HEAD
         if state is not None and keys.shape == (state.keys.shape[0], _HEAD + state.length + 1):
             if torch.equal(keys[:, :-1], state.keys):
+                self._state = None  # a forward that fails must not leave a half-moved state behind
                 self._feed(state, keys)
+                self._state = state
                 return self._result(state, length)
 
         parents, kept = self._reusable(state, keys)
@@ -285,7 +295,7 @@ class AuxiliaryLM:
                 keys = unique
             else:
                 inverse = None
-        self._state = None  # a forward that fails must not leave a half-moved state behind
+        self._state = None
         if parents.shape[0] != state.keys.shape[0] or not torch.equal(
             parents, torch.arange(len(parents), device=keys.device)
         ):
@@ -359,7 +369,8 @@ class AuxiliaryLM:
             state.log_probs = {n: values for n, values in state.log_probs.items() if n > oldest} | {end: last}
             state.keys = keys[:, : _HEAD + end]
             self.stats.forwards += 1
-        self.stats.tokens += int(real[:, start:].sum())
+        padded = self._padded and self._prompts is not None and start < self._prompts[1].shape[1] - _HEAD
+        self.stats.tokens += int(real.sum()) if padded else keys.shape[0] * (stop - start)
 
     def _forward(
         self, state: _State, keys: Tensor, real: Tensor, begin: int, end: int, inputs: Mapping[str, Any] | None
@@ -371,7 +382,7 @@ class AuxiliaryLM:
             hidden, mask = self._encoded
             extra["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden[keys[:, 1]])
             extra["attention_mask"] = mask[keys[:, 1]]
-        elif inputs is not None or not bool(seen.all()):
+        elif inputs is not None or self._padded:
             extra["attention_mask"] = seen.long()
         if self._takes_positions and not (inputs is not None and self._mrope is not None):
             positions = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, begin:]
@@ -388,7 +399,7 @@ class AuxiliaryLM:
                 **extra,
                 **(inputs or {}),
             )
-            logits = self.model(**prepared, **self._adapter_names(keys)).logits
+            logits = cast(Any, self.model)(**prepared, **self._adapter_names(keys)).logits
             if inputs is not None and self._mrope is not None:
                 deltas = self._mrope.rope_deltas
                 state.offsets = torch.zeros_like(keys[:, :1]) if deltas is None else deltas.to(keys.device).view(-1, 1)
@@ -453,7 +464,7 @@ class AuxiliaryLM:
             yield
         finally:
             if self._mrope is not None:
-                self._mrope.rope_deltas = saved  # type: ignore[assignment]
+                self._mrope.rope_deltas = saved
 
     def _adapter_scope(self) -> contextlib.AbstractContextManager[Any]:
         if self._adapters == [BASE] and isinstance(self.model, PeftModel):
@@ -521,27 +532,22 @@ class AuxiliaryLM:
         self._check_ids(max(max(key[_HEAD:], default=0) for key in keys))
 
     def _check_ids(self, highest: int) -> None:
-        if highest >= self._embeddings:
+        if highest >= self.vocab_size:
             raise ValueError(
-                f"Token id {highest} is unknown to the auxiliary {type(self._base).__name__}, which embeds {self._embeddings} ids: use a model "
+                f"Token id {highest} is unknown to the auxiliary {type(self._base).__name__}, which embeds {self.vocab_size} ids: use a model "
                 "of the same family, resize_token_embeddings(), or keep generate() from that token with suppress_tokens."
             )
 
     def _leave_window(self) -> None:
-        positions = [
-            module
-            for module in self._base.modules()
-            if isinstance(module, nn.Embedding) and module is not self._base.get_input_embeddings()
-        ]
-        assert self._window is not None
+        name = type(self._base).__name__
         # Learned positions end; rotary and relative ones only get worse.
-        if any(self._window <= module.num_embeddings <= self._window + 2 for module in positions):
+        if self._positions_end:
             raise ValueError(
-                f"The auxiliary {type(self._base).__name__} has read {self._window} tokens and has no further positions: generate fewer "
-                "tokens, or use an auxiliary model with a longer window."
+                f"The auxiliary {name} has read {self._window} tokens and has no further positions: generate fewer tokens, or use an "
+                "auxiliary model with a longer window."
             )
         logger.warning_once(
-            f"An auxiliary {type(self._base).__name__} reads beyond its max_position_embeddings ({self._window}): expect worse guidance."
+            f"An auxiliary {name} reads beyond its max_position_embeddings ({self._window}): expect worse guidance."
         )
 
 

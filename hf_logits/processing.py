@@ -198,8 +198,9 @@ class AuxiliaryLogitsProcessor(LogitsProcessor):
         self.tracker.bind(attention_mask, input_ids)
 
     def __repr__(self) -> str:
+        own = vars(self)
         names = inspect.signature(type(self).__init__).parameters
-        shown = {name: vars(self)[name] for name in names if name in vars(self)}
+        shown = {name: own.get(name, own.get(f"_{name}")) for name in names if name in own or f"_{name}" in own}
         return f"{type(self).__name__}({', '.join(f'{name}={_short(value)}' for name, value in shown.items())})"
 
 
@@ -217,7 +218,7 @@ class ResettingLogitsProcessorList(LogitsProcessorList):
                 processor.reset()
             yield processor
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return LogitsProcessorList(super().__iter__())(input_ids, scores, **kwargs)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -52,23 +52,6 @@ def fusion_loss(
     return (forward - targets[0]).square() + (backward - targets[1]).square()
 
 
-def grid_weight(
-    big: Float[Tensor, "R V"],
-    direction: Float[Tensor, "R V"],
-    targets: tuple[Float[Tensor, " R"], Float[Tensor, " R"]],
-    *,
-    grid: Sequence[float],
-) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
-    """The paper's solver: the best weight of a grid for each row, the earliest of equals, and its loss."""
-    best = torch.full(big.shape[:1], grid[0], dtype=big.dtype, device=big.device)
-    least = fusion_loss(big, direction, grid[0], targets)
-    for value in grid[1:]:
-        loss = fusion_loss(big, direction, value, targets)
-        better = loss < least
-        best, least = best.masked_fill(better, value), torch.where(better, loss, least)
-    return best, least
-
-
 def exact_weight(
     big: Float[Tensor, "R V"],
     direction: Float[Tensor, "R V"],
@@ -102,36 +85,36 @@ def exact_weight(
     return best, least
 
 
-def joint_weights(
+def grid_weights(
     big: Float[Tensor, "R V"],
     directions: Float[Tensor, "T R V"],
     targets: tuple[Float[Tensor, " R"], Float[Tensor, " R"]],
     *,
     grid: Sequence[float],
-    refinements: int,
+    refinements: int = 0,
 ) -> tuple[Float[Tensor, "T R"], Float[Tensor, " R"]]:
-    """All weights together: the best point of the grid's T-th power, then `refinements` halvings of the step around it."""
+    """The paper's solver, and its loss: for each row the best point of a grid, the earliest of equals.
 
-    def loss_of(weights: Tensor) -> Tensor:
-        return fusion_loss(big, (weights[..., None] * directions).sum(0), 1.0, targets)
-
-    shape = directions.shape[:2]
-    best = directions.new_zeros(shape)
+    With T directions, of the grid's T-th power; then the point may be refined by so many halvings of the step around it.
+    """
+    best = directions[..., 0] * 0
     least = torch.full_like(best[0], torch.inf)
-    for values in itertools.product(grid, repeat=shape[0]):
-        weights = directions.new_tensor(values)[:, None].expand(shape)
-        loss = loss_of(weights)
+
+    def consider(weights: Float[Tensor, "T R"]) -> None:
+        nonlocal best, least
+        loss = fusion_loss(big, (weights[..., None] * directions).sum(0), 1.0, targets)
         better = loss < least
         best, least = torch.where(better, weights, best), torch.where(better, loss, least)
+
+    for values in itertools.product(grid, repeat=len(directions)):
+        consider(best.new_tensor(values)[:, None].expand_as(best))
     step = (grid[-1] - grid[0]) / max(len(grid) - 1, 1)
     for _ in range(refinements):
         step = step / 2
-        for expert, sign in itertools.product(range(shape[0]), (step, -step)):
+        for expert, sign in itertools.product(range(len(directions)), (step, -step)):
             weights = best.clone()
-            weights[expert] = (weights[expert] + sign).clamp(grid[0], grid[-1])
-            loss = loss_of(weights)
-            better = loss < least
-            best, least = torch.where(better, weights, best), torch.where(better, loss, least)
+            weights[expert] += sign
+            consider(weights.clamp(grid[0], grid[-1]))
     return best, least
 
 
@@ -188,7 +171,7 @@ class DynamicFusionLogitsProcessor(AuxiliaryLogitsProcessor):
             )
         check_number("max_weight", max_weight, minimum=0.0, above=True)
         check_number("step", step, minimum=0.0, maximum=max_weight, above=True)
-        self.small_model, self.experts, self.solver, self.combining = small_model, experts, solver, combine
+        self.small_model, self.experts, self.solver, self._combine = small_model, experts, solver, combine
         self.weight = None if weight is None else check_number("weight", weight, minimum=0.0)
         self.max_weight, self.step = max_weight, step
         self._grid = [i * step for i in range(round(max_weight / step) + 1) if i * step <= max_weight + 1e-9]
@@ -234,14 +217,17 @@ class DynamicFusionLogitsProcessor(AuxiliaryLogitsProcessor):
         if self.weight is not None:
             value = row_column(self.weight, big.shape[0], big)
             return torch.ones_like(directions[..., 0]) * (value[:, 0] if isinstance(value, Tensor) else value)
-        if self.combining == "joint" and len(directions) > 1:
+        if self._combine == "joint":
             refinements = 12 if self.solver == "exact" else 0
-            return joint_weights(big, directions, targets, grid=self._grid, refinements=refinements)[0]
-        solutions = [
-            grid_weight(big, direction, targets, grid=self._grid)
-            if self.solver == "grid"
-            else exact_weight(big, direction, targets, max_weight=self.max_weight)
-            for direction in directions
-        ]
-        best: Int[Tensor, " R"] = torch.stack([loss for _, loss in solutions]).argmin(0)
-        return torch.stack([value * (best == expert) for expert, (value, _) in enumerate(solutions)])
+            return grid_weights(big, directions, targets, grid=self._grid, refinements=refinements)[0]
+        best = torch.zeros_like(directions[..., 0])
+        least = torch.full_like(best[0], torch.inf)
+        for expert, direction in enumerate(directions):
+            if self.solver == "grid":
+                (weight, *_), loss = grid_weights(big, direction[None], targets, grid=self._grid)
+            else:
+                weight, loss = exact_weight(big, direction, targets, max_weight=self.max_weight)
+            alone = torch.zeros_like(best)
+            alone[expert] = weight
+            best, least = torch.where(loss < least, alone, best), torch.minimum(loss, least)
+        return best

@@ -114,16 +114,17 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
     ):
         self.large_model = large_model
         self.threshold = check_number("threshold", threshold, infinite=True)
-        for name, value, least in (("window", window, 1), ("min_stay", min_stay, 0)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-        for name, value, allowed in (
-            ("timing", timing, ("now", "next")),
-            ("entropy_of", entropy_of, ("current", "small")),
-            ("start", start, ("small", "large")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+        for name, count, least in (("window", window, 1), ("min_stay", min_stay, 0)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {count!r}.")
+        choices: dict[str, tuple[str, set[str]]] = {
+            "timing": (timing, {"now", "next"}),
+            "entropy_of": (entropy_of, {"current", "small"}),
+            "start": (start, {"small", "large"}),
+        }
+        for name, (choice, allowed) in choices.items():
+            if choice not in allowed:
+                raise ValueError(f"{name} must be one of {sorted(allowed)}, got {choice!r}.")
         self.window, self.min_stay, self.timing, self.entropy_of, self.start = (
             window,
             min_stay,

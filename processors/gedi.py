@@ -193,7 +193,7 @@ class GeDiLogitsProcessor(AuxiliaryLogitsProcessor):
 
     def _scored(self, step: Step, width: int) -> Int[Tensor, " R"]:
         """How many of the last tokens count: everything behind the code, so never the code itself or a BOS before it."""
-        counts = []
+        counts: list[int] = []
         for row, mask in zip(step.input_ids[:, : step.prompt_length].tolist(), step.prompt_mask.tolist(), strict=True):
             main = [i for i, real in zip(row, mask, strict=True) if real]
             secondary = (

@@ -124,8 +124,8 @@ class RefusalTokenLogitsProcessor(AuxiliaryLogitsProcessor):
             unknown = set(value) - set(self._categories)
             if unknown:
                 raise ValueError(f"{name} names {sorted(unknown)}; the categories are {sorted(self._categories)}.")
-            for category, number in value.items():
-                check_number(f"{name}[{category!r}]", number, minimum=low)
+            for category in value:
+                check_number(f"{name}[{category!r}]", value[category], minimum=low)
             missing = 0.0 if name == "bias" else math.nan
             return torch.tensor([value.get(category, missing) for category in self._categories])
         number = check_number(name, value, minimum=low)
