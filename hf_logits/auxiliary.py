@@ -177,6 +177,7 @@ class AuxiliaryLM:
         self._prompts: tuple[Tensor, Tensor] | None = None
         self._encoded: tuple[Tensor, Tensor] | None = None
         self._scores: Tensor | None = None
+        self._lengths: Tensor | None = None
         self._vocab = self.vocab_size
         self._padded = False
         self.tracker.reset()
@@ -228,6 +229,13 @@ class AuxiliaryLM:
             raise RuntimeError("There are no token scores: build AuxiliaryLM(score_tokens=True), and call it first.")
         return self._scores.view(len(self.contexts), -1, self._scores.shape[-1])
 
+    @property
+    def lengths(self) -> Int[Tensor, "N R"]:
+        """Of the rows of the last call: how many ids each context has read, padding left out."""
+        if self._lengths is None:
+            raise RuntimeError("Nothing has been read yet: call the AuxiliaryLM first.")
+        return self._lengths.view(len(self.contexts), -1)
+
     # --- keys: what this call asks for -------------------------------------------------------------------------------
 
     def _keys(self, step: Step) -> Int[Tensor, "F K"]:
@@ -239,6 +247,7 @@ class AuxiliaryLM:
             self._prompts = (main, self._context_prompts(main).to(self._base.device))
         generated = step.input_ids[:, step.prompt_length :].to(self._base.device)
         keys = torch.cat([self._prompts[1], generated.repeat(len(self.contexts), 1)], dim=1)
+        self._lengths = (keys[:, _HEAD:] != _PADDING).sum(-1)
         if self._window is not None and keys.shape[1] - _HEAD > self._window:
             self._leave_window()
         return keys

@@ -169,7 +169,7 @@ class GeDiLogitsProcessor(AuxiliaryLogitsProcessor):
         rows = log_probs.shape[0]
         conditional = torch.stack(self.auxiliary_log_probs(step, log_probs.shape[-1]))
         scores = self.engines[0].token_log_probs.to(conditional.device)
-        length = self._scored(step, scores.shape[-1])
+        length = self._scored(step)
         newest = torch.arange(scores.shape[-1], 0, -1, device=scores.device) <= length[:, None]
         log_posterior = class_log_posterior(
             conditional,
@@ -191,16 +191,13 @@ class GeDiLogitsProcessor(AuxiliaryLogitsProcessor):
         self.record(step, posterior=(chosen * log_posterior.exp()).sum(-1))
         return steered
 
-    def _scored(self, step: Step, width: int) -> Int[Tensor, " R"]:
-        """How many of the last tokens count: everything behind the code, so never the code itself or a BOS before it."""
-        counts: list[int] = []
-        for row, mask in zip(step.input_ids[:, : step.prompt_length].tolist(), step.prompt_mask.tolist(), strict=True):
-            main = [i for i, real in zip(row, mask, strict=True) if real]
-            secondary = (
-                self._secondary(main, len(counts), step.input_ids.shape[0]) if self._secondary is not None else []
-            )
-            counts.append(len(main) - self._leading_bos(main) + len(secondary) + step.position)
-        return torch.tensor(counts, device=step.input_ids.device)
+    def _scored(self, step: Step) -> Int[Tensor, " R"]:
+        """How many of the last tokens count: everything behind the code, so neither the code nor a BOS before it."""
+        read = self.engines[0].lengths[0].to(step.input_ids.device)
+        if self._bos is None or step.prompt_length == 0:
+            return read - 1
+        first = step.input_ids.gather(-1, step.prompt_mask.int().argmax(-1, keepdim=True))[:, 0]
+        return read - 1 - (first == self._bos).long()
 
 
 def _first_token(code: int | str, tokenizer: PreTrainedTokenizerBase | None) -> int:

@@ -5,13 +5,14 @@ By default 500 sequences run, always the same ones. `HF_LOGITS_STRESS_SEQUENCES=
 
 import os
 from functools import cache, lru_cache
+from itertools import cycle
 
 import pytest
-import tiny
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import tiny
 from hf_logits.auxiliary import AuxiliaryLM, Context
 
 
@@ -52,15 +53,14 @@ class Naive:
         self.padding: dict[tuple[int, ...], int] = {}
         self.prompt_length = 0
 
+    def continues(self, rows: list[list[int]]) -> bool:
+        if self.known is None or len(rows[0]) <= self.prompt_length:
+            return False
+        return all(any(old[: len(row) - 1] == row[:-1] for old in self.known) for row in rows)
+
     def see(self, rows: list[list[int]], bound: list[int] | None) -> None:
-        length = len(rows[0])
-        continues = (
-            self.known is not None
-            and length > self.prompt_length
-            and all(any(old[: length - 1] == row[:-1] for old in self.known) for row in rows)
-        )
-        if not continues:
-            self.prompt_length = length
+        if not self.continues(rows):
+            self.prompt_length = len(rows[0])
             runs = bound if bound is not None else [self.leading(row) for row in rows]
             self.padding = {tuple(row): run for row, run in zip(rows, runs, strict=True)}
         self.known = rows
@@ -84,10 +84,14 @@ class Session:
             score_tokens=score_tokens,
             prefill_chunk=chunk,
         )
-        self.naive, self.rows, self.bound = Naive(), [[3]], None
+        self.naive = Naive()
+        self.rows: list[list[int]] = [[3]]
+        self.bound: tuple[list[list[int]], list[int]] | None = None  # prompts and the widths of their padding
 
     def observe(self):
-        self.naive.see(self.rows, self.bound)
+        if self.bound is not None and self.rows != self.bound[0] and not self.naive.continues(self.rows):
+            self.unbind()  # the mask belongs to other prompts
+        self.naive.see(self.rows, None if self.bound is None else self.bound[1])
         return self.engine.tracker.observe(torch.tensor(self.rows))
 
     def check(self) -> None:
@@ -129,23 +133,23 @@ class Session:
 
     def new_prompt(self, width: int, padding: list[int], tokens: list[int], bind: bool) -> None:
         runs = [min(run, width - 1) for run in padding]
-        at = iter(tokens * 10)
+        at = cycle(tokens)
         self.rows = [[tiny.PAD] * run + [next(at) for _ in range(width - run)] for run in runs]
-        self.bound = None
+        self.unbind()
         if bind:  # the mask says it, so real tokens may look like padding
+            known: dict[tuple[int, ...], int] = {}
+            runs = [known.setdefault(tuple(row), run) for row, run in zip(self.rows, runs, strict=True)]
             mask = torch.tensor([[0] * run + [1] * (width - run) for run in runs])
             self.engine.tracker.bind(mask, torch.tensor(self.rows))
-            self.naive.known, self.bound = None, runs
-        else:
-            # Where nobody tells, a prompt begins behind the padding with something else.
-            self.engine.tracker.bind(None)
-            self.rows = [[*row[:run], row[run] or 3, *row[run + 1 :]] for row, run in zip(self.rows, runs, strict=True)]
+            self.naive.known, self.bound = None, (self.rows, runs)
 
-    def next_turn(self, tokens: list[int]) -> None:
-        """A prompt that extends the old one and its answer. A mask that was given for the old one no longer fits."""
-        self.rows = [[*row, *tokens] for row in self.rows] if len(self.rows[0]) < LONGEST else self.rows
+    def unbind(self) -> None:
         self.engine.tracker.bind(None)
         self.bound = None
+
+    def next_turn(self, tokens: list[int]) -> None:
+        """A prompt that extends the old one and its answer."""
+        self.rows = [[*row, *tokens] for row in self.rows] if len(self.rows[0]) < LONGEST else self.rows
 
     def skip(self, tokens: list[int]) -> None:
         """Steps at which nobody asks the engine."""
@@ -153,10 +157,16 @@ class Session:
             self.advance([token, token + 1])
             self.observe()
 
+    def reject(self, count: int, tokens: list[int]) -> None:
+        """A rejected draft, replaced in one go, and then asked for once more a token earlier."""
+        self.roll_back(count, [])
+        self.skip(tokens)
+        self.check()
+        self.roll_back(1, [])
+
     def forget(self) -> None:
         self.engine.reset()
-        self.engine.tracker.bind(None)
-        self.naive.known, self.bound = None, None
+        self.naive.known = None
 
     def fail(self, tokens: list[int]) -> None:
         """A forward that breaks off after the cache has moved, as an interrupt or a full memory would break it off."""
@@ -190,6 +200,7 @@ OPERATIONS = {
     "new_prompt": st.tuples(st.integers(1, 9), rows_of(st.integers(0, 8)), rows_of(TOKEN), st.booleans()),
     "next_turn": st.tuples(st.lists(TOKEN, min_size=1, max_size=4)),
     "skip": st.tuples(rows_of(TOKEN)),
+    "reject": st.tuples(st.integers(1, 4), rows_of(TOKEN)),
     "forget": st.tuples(),
     "fail": st.tuples(rows_of(TOKEN)),
     "repeat": st.tuples(),
@@ -205,6 +216,7 @@ OPERATION = st.sampled_from(WEIGHTED).flatmap(lambda name: st.tuples(st.just(nam
     derandomize=ASKED_FOR is None,
     deadline=None,
     database=None,
+    phases=[Phase.generate, Phase.shrink] if ASKED_FOR else [Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
 @given(
@@ -213,7 +225,7 @@ OPERATION = st.sampled_from(WEIGHTED).flatmap(lambda name: st.tuples(st.just(nam
     vocab_size=st.sampled_from([None, None, 40]),
     chunk=st.sampled_from([1024, 3]),
     prompt=OPERATIONS["new_prompt"],
-    operations=st.lists(OPERATION, min_size=1, max_size=12),
+    operations=st.lists(OPERATION, min_size=3, max_size=12),
 )
 def test_engine_equals_recomputation_whatever_happens(
     family, contexts, score_tokens, vocab_size, chunk, prompt, operations
