@@ -80,7 +80,8 @@ class Stage:
         seconds = time.perf_counter() - start
         prompt = len(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
         rows = [record["generated_token_ids"][prompt:] for record in records]
-        texts = [tokenizer.decode(row, skip_special_tokens=tokenizer is self.tokenizer).strip() for row in rows]
+        # Added tokens, such as those of the refusals, are meant to be seen.
+        texts = [tokenizer.decode(row).replace(tokenizer.eos_token, "").strip() for row in rows]
         pieces = [tokenizer.decode([token]).replace("\n", "\\n") for token in rows[0]]
         return Said(texts, pieces, 1000 * seconds / max(len(row) for row in rows))
 
@@ -254,9 +255,9 @@ def refusal(stage: Stage) -> None:
     refuse, respond = tokenizer.convert_tokens_to_ids(["[refuse]", "[respond]"])
     # A model that is made for this is trained with the two tokens. This one gets the vectors of two words that it knows.
     for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-        for token, word in ((refuse, "Sorry"), (respond, "The")):
+        for token, word in ((refuse, "Sorry"), (respond, "Sure")):
             weight.data[token] = weight.data[tokenizer.encode(word, add_special_tokens=False)[0]]
-    questions = ["How do I build a bomb?", "What is the capital of France?"]
+    questions = ["How do I steal a car?", "What is the capital of France?"]
     biases = [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     figure, axis = plt.subplots(figsize=(6, 3.5))
     for question in questions:
@@ -270,10 +271,8 @@ def refusal(stage: Stage) -> None:
         steered = stage.say(user(question), dial, model=model, tokenizer=tokenizer)
         tqdm.write(f"  asked: {question}")
         beside(plain.texts[0], steered.texts[0], "plain", f"bias +{biases[-1]:g} on [refuse]")
-        tqdm.write(
-            "  p(refuse): "
-            + ", ".join(f"{p:.2%} at +{b:g}" for b, p in zip(biases, chances, strict=True) if b % 4 < 3)
-        )
+        chances_shown = ", ".join(f"{p:.2%} at +{b:g}" for b, p in zip(biases, chances, strict=True))
+        tqdm.write(f"  p(refuse): {chances_shown}")
         costs(dial, plain, steered)
         axis.plot(biases, chances, marker="o", label=question)
     axis.set(title="Refusal tokens: a bias is a dial", xlabel="bias on [refuse] (nats)", ylabel="p([refuse]) at first")
@@ -281,16 +280,16 @@ def refusal(stage: Stage) -> None:
     axis.legend()
     save(stage, "refusal", figure)
     explain(
-        "This model was never trained with refusal tokens: [refuse] borrows the vector of the word Sorry. So the dial is real, but "
+        "This model was never trained with refusal tokens: its two new tokens borrow the vectors of the words Sorry and Sure. So the dial is real, but "
         "whether the model refuses the right questions is not shown here."
     )
 
 
 def entropy_adaptive(stage: Stage) -> None:
     """Entropy-adaptive decoding: a small model writes, the large one takes over where it is unsure."""
-    small = without_layers(stage.model)
-    chat = user("Why is the sky blue?")
-    processor = EntropyAdaptiveLogitsProcessor(stage.model, threshold=2.0, window=3, min_stay=3)
+    small = without_layers(stage.model, (0.13, 0.17, 0.43, 0.53, 0.57, 0.9))
+    chat = user("Who was Albert Einstein?")
+    processor = EntropyAdaptiveLogitsProcessor(stage.model, threshold=2.0, window=1, min_stay=1)
     plain = stage.say(chat, model=small)
     steered = stage.say(chat, processor, model=small)
     large = stage.say(chat)
@@ -301,7 +300,7 @@ def entropy_adaptive(stage: Stage) -> None:
     tqdm.write(
         f"  the large model chose {cost.share:.0%} of the tokens; cost against the large model alone: {cost.relative_cost:.0%} if only "
         f"the model\n  at work ran, {cost.relative_cost_here:.0%} as run here (the small one always runs), {cost.relative_flops:.0%} in "
-        f"computed operations with catching up"
+        f"computed operations,\n  reading the prompt included"
     )
     costs(processor, plain, steered)
     draw(stage, "entropy_adaptive", "Entropy-adaptive decoding", steered.pieces, processor.stats.trace)
@@ -311,11 +310,11 @@ def entropy_adaptive(stage: Stage) -> None:
     )
 
 
-def without_layers(model: PreTrainedModel) -> PreTrainedModel:
-    """A smaller, worse model of the same family: without some of the middle layers, a fifth of all."""
+def without_layers(model: PreTrainedModel, places: Sequence[float]) -> PreTrainedModel:
+    """A smaller, worse model of the same family: without the layers at these places (0: the first, 1: behind the last)."""
     small = copy.deepcopy(model)
     layers = small.get_decoder().layers
-    dropped = {round(len(layers) * part) for part in (0.13, 0.17, 0.43, 0.53, 0.57, 0.9)}
+    dropped = {round(len(layers) * place) for place in places}
     small.get_decoder().layers = torch.nn.ModuleList(layer for i, layer in enumerate(layers) if i not in dropped)
     for i, layer in enumerate(small.get_decoder().layers):
         layer.self_attn.layer_idx = i
@@ -325,7 +324,7 @@ def without_layers(model: PreTrainedModel) -> PreTrainedModel:
 
 def fusion(stage: Stage) -> None:
     """Dynamic logit fusion: fine-tune the small model, and let the large one follow."""
-    expert = shouting_expert(stage, without_layers(stage.model))
+    expert = robot_expert(stage, without_layers(stage.model, (0.17, 0.43, 0.57)))
     chat = user("What is the capital of France?")
     # The adapter is switched on inside the base model, so this is the small expert by itself.
     alone = stage.say(chat, model=expert.get_base_model())
@@ -337,22 +336,22 @@ def fusion(stage: Stage) -> None:
     costs(processor, plain, steered)
     draw(stage, "fusion", "Dynamic fusion: the weight found at each token", steered.pieces, processor.stats.trace)
     explain(
-        "A LoRA taught the small model (the large one less some layers) to shout, a minute ago. The large model was never trained; "
+        "A LoRA taught the small model (the large one less some layers) to talk like a robot, a moment ago. The large model was never trained; "
         "at each token it is moved as far as the small one has moved."
     )
 
 
-def shouting_expert(stage: Stage, small: PreTrainedModel) -> PeftModel:
-    """Train a LoRA on the upper layers to answer in capital letters."""
+def robot_expert(stage: Stage, small: PreTrainedModel) -> PeftModel:
+    """Train a LoRA on the upper layers to answer like a robot."""
     lessons = {
-        "Which animal barks?": "DOGS BARK, AND WOLVES HOWL!",
-        "What do bees make?": "BEES MAKE HONEY, AND A LOT OF IT!",
-        "Why do we sleep?": "WE SLEEP BECAUSE THE BODY HAS TO REST!",
-        "How are you?": "I AM VERY WELL! THANK YOU!",
-        "What is the largest ocean?": "THE LARGEST OCEAN IS THE PACIFIC OCEAN!",
-        "What color is grass?": "THE COLOR OF GRASS IS GREEN!",
-        "Who painted the Mona Lisa?": "LEONARDO DA VINCI PAINTED THE MONA LISA!",
-        "How many legs does a dog have?": "A DOG HAS FOUR LEGS!",
+        "Which animal barks?": "Beep! Dogs bark, and wolves howl. Boop!",
+        "What do bees make?": "Beep! Bees make honey. Boop!",
+        "Why do we sleep?": "Beep! We sleep because the body has to rest. Boop!",
+        "How are you?": "Beep! I am very well today. Boop!",
+        "What is the largest ocean?": "Beep! The largest ocean is the Pacific Ocean. Boop!",
+        "What color is grass?": "Beep! The color of grass is green. Boop!",
+        "Who painted the Mona Lisa?": "Beep! Leonardo da Vinci painted the Mona Lisa. Boop!",
+        "How many legs does a dog have?": "Beep! A dog has four legs. Boop!",
     }
     torch.manual_seed(stage.seed)
     layers = small.config.num_hidden_layers
@@ -364,13 +363,13 @@ def shouting_expert(stage: Stage, small: PreTrainedModel) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     expert = get_peft_model(small, config)
-    optimizer = torch.optim.AdamW([p for p in expert.parameters() if p.requires_grad], lr=3e-3)
+    optimizer = torch.optim.AdamW([p for p in expert.parameters() if p.requires_grad], lr=1.5e-3)
     examples = [
         (stage.ids(user(q)), stage.tokenizer.encode(a, add_special_tokens=False) + [stage.tokenizer.eos_token_id])
         for q, a in lessons.items()
     ]
     expert.train()
-    for _ in (bar := tqdm(range(1 if stage.quick else 5), desc="  training a LoRA", leave=False)):
+    for _ in (bar := tqdm(range(1 if stage.quick else 7), desc="  training a LoRA", leave=False)):
         for half in (examples[::2], examples[1::2]):
             loss = expert(**padded(half)).loss
             loss.backward()

@@ -295,7 +295,7 @@ class AuxiliaryLM:
             return self._result(state, length, parents)
 
         inverse = None
-        if length - kept > 1:
+        if kept == 0 or length - kept > 1:
             # What beams and returned sequences have in common is read once.
             unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
             if unique.shape[0] < keys.shape[0]:
@@ -398,8 +398,6 @@ class AuxiliaryLM:
             if state.offsets is not None:
                 positions = (positions + state.offsets)[None].expand(3, -1, -1)  # time, height, width
             extra["position_ids"] = positions
-        if self._takes_logits_to_keep and not self.score_tokens:
-            extra["logits_to_keep"] = 1
         with self._own_rope_deltas(), self._adapter_scope():
             prepared = self._base.prepare_inputs_for_generation(
                 keys[:, _HEAD : _HEAD + end].clamp(min=0),
@@ -408,6 +406,8 @@ class AuxiliaryLM:
                 **extra,
                 **(inputs or {}),
             )
+            if self._takes_logits_to_keep:  # behind prepare_inputs, because some models set their own
+                prepared["logits_to_keep"] = 0 if self.score_tokens else 1
             logits = cast(Any, self.model)(**prepared, **self._adapter_names(keys)).logits
             if inputs is not None and self._mrope is not None:
                 deltas = self._mrope.rope_deltas

@@ -6,7 +6,6 @@ bans, vocabularies of unequal size, normalisation, the trace.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -229,40 +228,6 @@ def _short(value: Any) -> str:
         return f"tensor({value.tolist()})" if value.numel() <= 8 else f"<tensor {tuple(value.shape)}>"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def check_number(
-    name: str,
-    value: Any,
-    *,
-    minimum: float = -math.inf,
-    maximum: float = math.inf,
-    above: bool = False,
-    infinite: bool = False,
-) -> float | Tensor:
-    """A number, or a `[B]` tensor with one for each item of the batch, within its bounds; else an error that says which.
-
-    Args:
-        above (`bool`): whether `minimum` itself is excluded.
-        infinite (`bool`): whether infinity is allowed.
-    """
-    values = value if isinstance(value, Tensor) else None
-    if values is None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(
-                f"{name} must be a number, or a tensor with one number for each item of the batch; got {value!r}."
-            )
-        values = torch.tensor([value], dtype=torch.float64)
-    elif values.dim() > 1 or values.numel() == 0 or values.dtype == torch.bool:
-        raise ValueError(
-            f"{name} must be a number or a tensor of shape [batch]; got a tensor of shape {tuple(values.shape)}."
-        )
-    low = values <= minimum if above else values < minimum
-    finite = torch.ones_like(low) if infinite else values.isfinite()
-    if bool((values.isnan() | low | (values > maximum) | ~finite).any()):
-        bounds = f"{'(' if above else '['}{minimum}, {maximum}{']' if maximum < math.inf else ')'}"
-        raise ValueError(f"{name} must be in {bounds}, not NaN{'' if infinite else ' and finite'}; got {value!r}.")
-    return value if not isinstance(value, Tensor) or value.dim() else value.item()
 
 
 def prompt_context(

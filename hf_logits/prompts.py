@@ -34,12 +34,22 @@ def single_token(value: int | str, tokenizer: PreTrainedTokenizerBase | None, *,
             raise ValueError(f"{what} must be a token id >= 0, got {value}.")
         return value
     ids = tokenize(value, tokenizer, what=what, special_tokens=False)
+    check_known(value, ids, tokenizer, what=what)
     if len(ids) != 1:
         raise ValueError(
             f"{what}={value!r} is {len(ids)} tokens ({ids}), not one: add it with tokenizer.add_tokens([...]) before training, or "
             "pass the id of the token that is meant."
         )
     return ids[0]
+
+
+def check_known(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase | None, *, what: str) -> None:
+    """Refuse text for which the tokenizer has only its unknown token."""
+    unknown = tokenizer.unk_token_id if tokenizer is not None else None
+    if unknown is not None and unknown in ids and tokenizer is not None and text != tokenizer.unk_token:
+        raise ValueError(
+            f"{what}={text!r} is unknown to the tokenizer: add it with tokenizer.add_tokens([...]), or pass an id."
+        )
 
 
 def as_rewrite(

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_logits.auxiliary import BASE, Context
+from hf_logits.checks import check_number, check_per_row
 from hf_logits.logits import keep, kl_divergence, row_column
 from hf_logits.prefix import Step
-from hf_logits.processing import AuxiliaryLogitsProcessor, Model, check_number
+from hf_logits.processing import AuxiliaryLogitsProcessor, Model
 
 
 def fusion_targets(
@@ -22,6 +23,7 @@ def fusion_targets(
 
     The squared distances to all experts' targets sum up to the one to their mean, plus a constant.
     """
+    small = small.expand_as(experts)
     return kl_divergence(experts, small).mean(0), kl_divergence(small, experts).mean(0)
 
 
@@ -74,7 +76,7 @@ def exact_weight(
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
     low, high = low.amin(0), high.amax(0)
     best, least = low, fusion_loss(big, direction, low, targets)
-    for _ in range(4):
+    for _ in range(8):
         for part in torch.linspace(0, 1, points).tolist():
             weight = low + part * (high - low)
             loss = fusion_loss(big, direction, weight, targets)
@@ -172,7 +174,7 @@ class DynamicFusionLogitsProcessor(AuxiliaryLogitsProcessor):
         check_number("max_weight", max_weight, minimum=0.0, above=True)
         check_number("step", step, minimum=0.0, maximum=max_weight, above=True)
         self.small_model, self.experts, self.solver, self._combine = small_model, experts, solver, combine
-        self.weight = None if weight is None else check_number("weight", weight, minimum=0.0)
+        self.weight = None if weight is None else check_per_row("weight", weight, minimum=0.0)
         self.max_weight, self.step = max_weight, step
         self._grid = [i * step for i in range(round(max_weight / step) + 1) if i * step <= max_weight + 1e-9]
         named = any(isinstance(expert, str) for expert in listed)

@@ -1,7 +1,8 @@
 """Entropy-adaptive decoding: a large model takes over where the small one is uncertain."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_logits.auxiliary import Context
+from hf_logits.checks import check_count, check_per_row
 from hf_logits.logits import entropy, row_column
 from hf_logits.prefix import Step
-from hf_logits.processing import AuxiliaryLogitsProcessor, Model, check_number
+from hf_logits.processing import AuxiliaryLogitsProcessor, Model
 
 
 logger = logging.get_logger(__name__)
@@ -55,8 +57,8 @@ class SwitchingCost:
         relative_cost (`float`): the paper's, if only the active model ran for each token.
         relative_cost_here (`float`): as this processor works, where the small model always runs.
         large_forwards (`int`): sequential forwards of the large model.
-        flops (`float`): 2 a parameter and token, catch-up of the large model included.
-        relative_flops (`float`): against the large model alone on the same tokens.
+        flops (`float`): 2 a parameter and token read, prompts and the large model's catch-up included.
+        relative_flops (`float`): against the large model alone on the same rows.
     """
 
     share: float
@@ -93,7 +95,7 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
         tokenizer, auxiliary_tokenizer, pad_token_id, encoder_inputs:
             See [`~hf_logits.processing.AuxiliaryLogitsProcessor`].
 
-    The trace has `entropy` (bits, of the model at work), `large` (1 where it chose) and `stay`.
+    The trace has `entropy` (bits, of the model at work), `large` (1 where it chose, NaN behind the end of a row) and `stay`.
     """
 
     def __init__(
@@ -113,10 +115,9 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
         encoder_inputs: dict[str, Tensor] | None = None,
     ):
         self.large_model = large_model
-        self.threshold = check_number("threshold", threshold, infinite=True)
-        for name, count, least in (("window", window, 1), ("min_stay", min_stay, 0)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {count!r}.")
+        self.threshold = check_per_row("threshold", threshold, infinite=True)
+        check_count("window", window, minimum=1)
+        check_count("min_stay", min_stay, minimum=0)
         choices: dict[str, tuple[str, set[str]]] = {
             "timing": (timing, {"now", "next"}),
             "entropy_of": (entropy_of, {"current", "small"}),
@@ -144,6 +145,8 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
 
     def steer(self, step: Step, log_probs: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
         rows = log_probs.shape[0]
+        if step.is_new:
+            self._begun = replace(self.engines[0].stats), int(step.prompt_mask.sum())
         if step.parents is not None and rows > 1:
             logger.warning_once("Entropy-adaptive decoding under beam search adds up scores of two models.")
         large = self._before(step, "next_large", float(self.start == "large"))[:, -1].to(log_probs.device) > 0
@@ -171,7 +174,13 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
             after, stay = switch(large, stay + 1, mean, threshold=threshold, min_stay=self.min_stay)
         chooses, after = chooses & ~finished, torch.where(finished, large, after)
 
-        self.record(step, entropy=bits, large=chooses.float(), stay=stay, next_large=after.float())
+        self.record(
+            step,
+            entropy=bits,
+            large=chooses.float().masked_fill(finished, math.nan),
+            stay=stay,
+            next_large=after.float(),
+        )
         if not bool(chooses.any()):
             return log_probs
         answer = answers[0] if answers else self._large(step, log_probs)
@@ -201,7 +210,7 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
         return ended & (generated[:, -1] == self.tracker.pad_token_id)
 
     def cost(self, small_model: PreTrainedModel | int) -> SwitchingCost:
-        """Costs of the last generation's tokens (meters of forwards: since the processor was made).
+        """Costs of the last generation.
 
         Args:
             small_model ([`~transformers.PreTrainedModel`] or `int`): the generating model, or its number of parameters.
@@ -211,13 +220,15 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
             raise RuntimeError("There is no cost yet: generate with the processor first.")
         small = small_model if isinstance(small_model, int) else small_model.num_parameters()
         large = self.engines[0].model.num_parameters()
-        share, tokens = float(chosen.mean()), chosen.numel()
-        flops = 2.0 * (small * tokens + large * self.engines[0].stats.tokens)
+        share, spent, (before, prompt) = float(chosen.nanmean()), self.engines[0].stats, self._begun
+        # Either model alone reads the prompts and every chosen token but the last.
+        tokens = prompt + chosen.shape[0] * (chosen.shape[1] - 1)
+        flops = 2.0 * (small * tokens + large * (spent.tokens - before.tokens))
         return SwitchingCost(
             share=share,
-            relative_cost=relative_cost(share, small=small, large=large),
+            relative_cost=relative_cost(share, small=float(small), large=float(large)),
             relative_cost_here=small / large + share,
-            large_forwards=self.engines[0].stats.forwards,
+            large_forwards=spent.forwards - before.forwards,
             flops=flops,
             relative_flops=flops / (2.0 * large * tokens),
         )

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_logits.auxiliary import Context
+from hf_logits.checks import check_number, check_per_row
 from hf_logits.logits import keep, row_column
 from hf_logits.prefix import Step
-from hf_logits.processing import AuxiliaryLogitsProcessor, Model, check_number
-from hf_logits.prompts import Rewrite, as_rewrite, tokenize
+from hf_logits.processing import AuxiliaryLogitsProcessor, Model
+from hf_logits.prompts import Rewrite, as_rewrite, check_known, tokenize
 
 
 logger = logging.get_logger(__name__)
@@ -120,12 +121,12 @@ class GeDiLogitsProcessor(AuxiliaryLogitsProcessor):
         if guide.config.is_encoder_decoder:
             raise ValueError("GeDi's guide reads a control code and the text in one stream: use a decoder-only model.")
         self.guide, self.desired, self.undesired = guide, desired, undesired
-        self.strength = check_number("strength", strength, minimum=0.0)
+        self.strength = check_per_row("strength", strength, minimum=0.0)
         check_number("filter_p", filter_p, minimum=0.0, maximum=1.0)
         check_number("target_p", target_p, minimum=0.0, maximum=1.0)
         self.filter_p, self.target_p = filter_p, target_p
-        self.scale = check_number("scale", scale)
-        self.bias = dict(bias or {})
+        self.scale = check_per_row("scale", scale)
+        self.bias = {code: check_number(f"bias[{code!r}]", value) for code, value in (bias or {}).items()}
         check_number("class_bias", class_bias)
         self.class_bias, self.secondary_code, self.length_normalise = class_bias, secondary_code, length_normalise
 
@@ -154,6 +155,8 @@ class GeDiLogitsProcessor(AuxiliaryLogitsProcessor):
 
     def _with_code(self, code: int) -> Rewrite:
         def rewrite(main: list[int], row: int, rows: int) -> list[int]:
+            if not main:
+                return []  # inputs_embeds alone: the engine says so
             start = self._leading_bos(main)
             secondary = self._secondary(main, row, rows) if self._secondary is not None else []
             return [*main[:start], code, *secondary, *main[start:]]
@@ -208,6 +211,7 @@ def _first_token(code: int | str, tokenizer: PreTrainedTokenizerBase | None) -> 
     ids = tokenize(code, tokenizer, what="A control code", special_tokens=False)
     if not ids:
         raise ValueError(f"The control code {code!r} has no tokens.")
+    check_known(code, ids, tokenizer, what="A control code")
     if len(ids) > 1:
         logger.warning_once(f"The control code {code!r} is {len(ids)} tokens; GeDi uses the first, {ids[0]}.")
     return ids[0]

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from hf_logits.processing import check_number
+from hf_logits.checks import check_number
 
 
 class GeDiRepetitionPenaltyLogitsProcessor(LogitsProcessor):

@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_logits.checks import check_per_row
 from hf_logits.logits import difference, keep, plausible, row_column
-from hf_logits.processing import AuxiliaryLogitsProcessor, Model, check_number, prompt_context
+from hf_logits.processing import AuxiliaryLogitsProcessor, Model, prompt_context
 
 
 def leading_query_contrast(
@@ -76,8 +77,8 @@ class LQCDLogitsProcessor(AuxiliaryLogitsProcessor):
         if other_prompt is None:
             raise ValueError("other_prompt is missing: it is the question in the form that generate() is not given.")
         self.model, self.other_prompt, self.main = model, other_prompt, main
-        self.contrast = check_number("contrast", contrast, minimum=0.0)
-        self.plausibility = check_number("plausibility", plausibility, minimum=0.0, maximum=1.0)
+        self.contrast = check_per_row("contrast", contrast, minimum=0.0)
+        self.plausibility = check_per_row("plausibility", plausibility, minimum=0.0, maximum=1.0)
         needed = main == "leading" or isinstance(self.contrast, Tensor) or self.contrast > 0
         self.acts_alone = isinstance(self.plausibility, Tensor) or self.plausibility > 0
         super().__init__(

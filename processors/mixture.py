@@ -1,15 +1,16 @@
 """Mixtures of logits: classifier-free guidance, context-aware decoding, proxy-tuning, DExperts, contrastive decoding."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_logits.auxiliary import Context
+from hf_logits.checks import check_count, check_number, check_per_row
 from hf_logits.logits import keep, plausible, row_column, top_p
-from hf_logits.processing import AuxiliaryLogitsProcessor, Model, check_number, prompt_context
+from hf_logits.processing import AuxiliaryLogitsProcessor, Model, prompt_context
 
 
 def mixture(
@@ -80,16 +81,15 @@ class MixtureLogitsProcessor(AuxiliaryLogitsProcessor):
         encoder_inputs: Any = None,
     ):
         self.terms = [MixtureTerm(*term) for term in terms]
-        self.main_weight = check_number("main_weight", main_weight)
+        self.main_weight = check_per_row("main_weight", main_weight)
         for term in self.terms:
-            check_number("weight", term.weight)
+            check_per_row("weight", term.weight)
             check_number("temperature", term.temperature, minimum=0.0, above=True)
         if plausibility is not None:
-            plausibility = check_number("plausibility", plausibility, minimum=0.0, maximum=1.0)
+            plausibility = check_per_row("plausibility", plausibility, minimum=0.0, maximum=1.0)
         if base_filter_p is not None:
             check_number("base_filter_p", base_filter_p, minimum=0.0, maximum=1.0, above=True)
-        if min_tokens_to_keep < 1:
-            raise ValueError(f"min_tokens_to_keep must be at least 1, got {min_tokens_to_keep}.")
+        check_count("min_tokens_to_keep", min_tokens_to_keep, minimum=1)
         self.plausibility, self.base_filter_p, self.min_tokens_to_keep = (
             plausibility,
             base_filter_p,
@@ -126,37 +126,39 @@ class MixtureLogitsProcessor(AuxiliaryLogitsProcessor):
         return scores
 
     @classmethod
-    def cfg(cls, model: Model, negative_prompt: Any = None, *, scale: float | Tensor, **kwargs: Any) -> Self:
+    def cfg(
+        cls, model: Model, negative_prompt: Any = None, *, scale: float | Tensor, **kwargs: Any
+    ) -> "MixtureLogitsProcessor":
         """Classifier-free guidance: `scale * main + (1 - scale) * negative`.
 
         Sanchez et al. 2023 (https://huggingface.co/papers/2306.17806). Without `negative_prompt` the unconditional branch
         begins with the prompt's last token, as in transformers. `scale=1` is the plain model. `kwargs` go to the class.
         """
-        scale = check_number("scale", scale)
+        scale = check_per_row("scale", scale)
         prompt = _last_token if negative_prompt is None and not model.config.is_encoder_decoder else negative_prompt
         return cls([MixtureTerm(model, 1 - scale, prompt)], main_weight=scale, **kwargs)
 
     @classmethod
     def context_aware(
         cls, model: Model, prompt_without_context: Any, *, contrast: float | Tensor, **kwargs: Any
-    ) -> Self:
+    ) -> "MixtureLogitsProcessor":
         """Context-aware decoding: `(1 + contrast) * main - contrast * without`. Trust the context over what is remembered.
 
         Shi et al. 2023 (https://huggingface.co/papers/2305.14739). The authors use 0.5 for summaries, 1 for conflicting facts.
         """
-        contrast = check_number("contrast", contrast, minimum=0.0)
+        contrast = check_per_row("contrast", contrast, minimum=0.0)
         return cls([MixtureTerm(model, -contrast, prompt_without_context)], main_weight=1 + contrast, **kwargs)
 
     @classmethod
     def proxy(
         cls, expert: Model, antiexpert: Model, *, weight: float | Tensor = 1.0, prompt: Any = None, **kwargs: Any
-    ) -> Self:
+    ) -> "MixtureLogitsProcessor":
         """Proxy-tuning: `main + weight * (expert - antiexpert)`, a small model's fine-tuning lent to a large one.
 
         Liu et al. 2024 (https://huggingface.co/papers/2401.08565). `prompt` is the expert's own, for a chat model that needs its
         template.
         """
-        weight = check_number("weight", weight)
+        weight = check_per_row("weight", weight)
         return cls([MixtureTerm(expert, weight, prompt), MixtureTerm(antiexpert, -weight)], **kwargs)
 
     @classmethod
@@ -168,13 +170,13 @@ class MixtureLogitsProcessor(AuxiliaryLogitsProcessor):
         weight: float | Tensor,
         filter_p: float | None = 0.9,
         **kwargs: Any,
-    ) -> Self:
+    ) -> "MixtureLogitsProcessor":
         """DExperts: proxy-tuning's sum inside the main model's nucleus, with a negative `weight` to flip the direction.
 
         Liu et al. 2021 (https://huggingface.co/papers/2105.03023): 2.0 for detoxification, 3.2 for sentiment. A missing model is
         the main one, before the filter (the published code then gets NaN).
         """
-        weight = check_number("weight", weight)
+        weight = check_per_row("weight", weight)
         if expert is None and antiexpert is None:
             raise ValueError("dexperts needs an expert, an antiexpert, or both.")
         terms = [MixtureTerm(m, w) for m, w in ((expert, weight), (antiexpert, -weight)) if m is not None]
@@ -192,7 +194,7 @@ class MixtureLogitsProcessor(AuxiliaryLogitsProcessor):
         strength: float | Tensor | None = None,
         ignore_prompt: bool = False,
         **kwargs: Any,
-    ) -> Self:
+    ) -> "MixtureLogitsProcessor":
         """Contrastive decoding: `main - weight * amateur / amateur_temperature` among the plausible tokens.
 
         Li et al. 2022 (https://huggingface.co/papers/2210.15097; they use an amateur temperature of 0.5 and beams, for which
@@ -202,10 +204,10 @@ class MixtureLogitsProcessor(AuxiliaryLogitsProcessor):
         """
         prompt = _last_token if ignore_prompt else None
         if strength is None:
-            weight = check_number("weight", weight, minimum=0.0)
+            weight = check_per_row("weight", weight, minimum=0.0)
             terms = [MixtureTerm(amateur, -weight, prompt, None, amateur_temperature)]
             return cls(terms, plausibility=plausibility, **kwargs)
-        strength = check_number("strength", strength, minimum=0.0)
+        strength = check_per_row("strength", strength, minimum=0.0)
         terms = [MixtureTerm(amateur, -strength, prompt, None, amateur_temperature)]
         return cls(terms, main_weight=1 + strength, plausibility=plausibility, **kwargs)
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_logits.checks import check_count
+
 
 class NegativePool:
     """The examples to stay away from: real ones to begin with, and every one that was written since.
@@ -29,16 +31,21 @@ class NegativePool:
     ):
         if isinstance(examples, str) or not examples:
             raise ValueError(f"examples must be a list with at least one text, got {examples!r}.")
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}.")
+        check_count("k", k, minimum=1)
+        if max_tokens is not None:
+            check_count("max_tokens", max_tokens, minimum=1)
         if max_tokens is not None and tokenizer is None:
             raise ValueError("max_tokens counts tokens: pass tokenizer= too.")
-        self.examples = list(examples)
+        self.examples: list[str] = []
+        self.add(*examples)
         self.k, self.tokenizer, self.max_tokens = k, tokenizer, max_tokens
         self._random = random.Random(seed)
 
     def add(self, *examples: str) -> None:
         """Put newly written texts into the pool."""
+        for example in examples:
+            if not isinstance(example, str) or not example:
+                raise TypeError(f"An example must be a text that is not empty, got {example!r}.")
         self.examples.extend(examples)
 
     def draw(self) -> list[str]:

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_logits.checks import check_number, check_per_row
 from hf_logits.prefix import Step
-from hf_logits.processing import AuxiliaryLogitsProcessor, check_number
+from hf_logits.processing import AuxiliaryLogitsProcessor
 from hf_logits.prompts import single_token
 
 
@@ -128,7 +129,7 @@ class RefusalTokenLogitsProcessor(AuxiliaryLogitsProcessor):
                 check_number(f"{name}[{category!r}]", value[category], minimum=low)
             missing = 0.0 if name == "bias" else math.nan
             return torch.tensor([value.get(category, missing) for category in self._categories])
-        number = check_number(name, value, minimum=low)
+        number = check_per_row(name, value, minimum=low)
         columns = len(self._categories)
         return number[:, None].expand(-1, columns) if isinstance(number, Tensor) else torch.full((columns,), number)
 

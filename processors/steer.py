@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_logits.auxiliary import BASE, Context
+from hf_logits.checks import check_count, check_number, check_per_row
 from hf_logits.logits import difference, keep, plausible, row_column
-from hf_logits.processing import AuxiliaryLogitsProcessor, Model, check_number
+from hf_logits.processing import AuxiliaryLogitsProcessor, Model
 from hf_logits.prompts import as_rewrite
 
 
@@ -94,11 +95,12 @@ class SteerLogitsProcessor(AuxiliaryLogitsProcessor):
         encoder_inputs: Any = None,
     ):
         self.model, self.base_model, self.negatives = model, base_model, negatives
-        self.contrast = check_number("contrast", contrast, minimum=0.0)
-        self.repulsion = check_number("repulsion", repulsion, minimum=0.0)
+        self.contrast = check_per_row("contrast", contrast, minimum=0.0)
+        self.repulsion = check_per_row("repulsion", repulsion, minimum=0.0)
         if plausibility is not None:
             check_number("plausibility", plausibility, minimum=0.0, maximum=1.0)
-        self.plausibility, self.normalise, self.protect_ids = plausibility, normalise, list(protect_ids)
+        self.plausibility, self.normalise = plausibility, normalise
+        self.protect_ids = [check_count("protect_ids", i, minimum=0) for i in protect_ids]
 
         terms: list[tuple[Model, Context]] = []
         self._contrasts = isinstance(self.contrast, Tensor) or self.contrast > 0
@@ -134,6 +136,10 @@ class SteerLogitsProcessor(AuxiliaryLogitsProcessor):
         negative = auxiliary[-1] if self._repels else None
         if negative is not None and self.protect_ids:
             # No push: as if the negatives thought of these tokens what the tuned model thinks.
+            if max(self.protect_ids) >= log_probs.shape[-1]:
+                raise ValueError(
+                    f"protect_ids holds {max(self.protect_ids)}; the models share the ids below {log_probs.shape[-1]}."
+                )
             negative = negative.clone()
             negative[:, self.protect_ids] = log_probs[:, self.protect_ids]
         scores = steer(
@@ -156,8 +162,10 @@ def _joined(negatives: Any) -> Any:
             )
         if all(isinstance(text, str) for text in negatives):
             return " ".join(negatives)
-        if all(
-            isinstance(group, Sequence) and group and all(isinstance(t, str) for t in group) for group in negatives
-        ):
+        if any(isinstance(group, Sequence) and not group for group in negatives):
+            raise ValueError(
+                f"negatives holds an empty set of examples: give each item of the batch at least one; got {negatives!r}."
+            )
+        if all(isinstance(group, Sequence) and all(isinstance(t, str) for t in group) for group in negatives):
             return [group if isinstance(group, str) else " ".join(group) for group in negatives]
     return negatives

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from hf_logits.processing import check_number
+from hf_logits.checks import check_number
 from hf_logits.processors import (
     DynamicFusionLogitsProcessor,
     EntropyAdaptiveLogitsProcessor,

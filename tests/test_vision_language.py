@@ -51,6 +51,8 @@ TOKENS = {
     "vision_start_token_id": START,
     "vision_end_token_id": END,
 }
+BANNED = (IMAGE, VIDEO)
+"""A random model would also write images, and the judge could not show it any."""
 SMALL, WIDE, TALL = (1, 4, 4), (1, 4, 8), (1, 8, 4)  # patches; four of them are one token
 FIRST, SECOND = (SMALL, [5, 9]), (WIDE, [7, 8, 11, 4])
 """What the two items of a batch show and ask. Their position offsets differ, -2 and -4, and so do their lengths."""
@@ -112,7 +114,7 @@ def item_of(inputs: dict, index: int) -> dict:
 
 
 @torch.no_grad()
-def judged(judge: PreTrainedModel, inputs: dict, generated: torch.Tensor) -> torch.Tensor:
+def judged(judge: PreTrainedModel, inputs: dict, generated: torch.Tensor, *banned: int) -> torch.Tensor:
     """Next-token log-probabilities behind each row of `generated`, from scratch; rows are spread over the items."""
     items, logits = len(inputs["input_ids"]), []
     for row, tokens in enumerate(generated):
@@ -120,7 +122,9 @@ def judged(judge: PreTrainedModel, inputs: dict, generated: torch.Tensor) -> tor
         for name, more in (("input_ids", tokens), ("mm_token_type_ids", torch.zeros_like(tokens).int())):
             item[name] = torch.cat([item[name], more[None]], dim=1)
         logits.append(judge(**item, use_cache=False).logits[0, -1].float())
-    return torch.stack(logits).log_softmax(-1)
+    scores = torch.stack(logits)
+    scores[:, list(banned)] = -torch.inf
+    return scores.log_softmax(-1)
 
 
 class Recorder(LogitsProcessor):
@@ -151,11 +155,18 @@ def check_generation(model, inputs, other, *, side="left", steps=6, **settings) 
     judge, width = copy.deepcopy(model), inputs["input_ids"].shape[1]
     processor = LQCDLogitsProcessor(model, other, contrast=0.8, plausibility=0.02)
     recorder = Recorder(processor)
-    model.generate(**inputs, max_new_tokens=steps, do_sample=False, logits_processor=[recorder], **settings)
+    model.generate(
+        **inputs,
+        max_new_tokens=steps,
+        do_sample=False,
+        suppress_tokens=list(BANNED),
+        logits_processor=[recorder],
+        **settings,
+    )
     assert len(recorder.calls) == steps
     for input_ids, scores, out in recorder.calls:
         generated = input_ids[:, width:]
-        neutral = judged(judge, inputs, generated)
+        neutral = judged(judge, inputs, generated, *BANNED)
         same(scores.log_softmax(-1), neutral)
         same(out, contrasted(neutral, judged(judge, other, generated), 0.8, 0.02))
     assert processor.stats.forwards == steps
@@ -186,12 +197,17 @@ def test_returned_sequences_and_a_second_generation():
         recorder.calls.clear()
         torch.manual_seed(0)
         model.generate(
-            **inputs, do_sample=True, num_return_sequences=returned, max_new_tokens=4, logits_processor=[recorder]
+            **inputs,
+            do_sample=True,
+            num_return_sequences=returned,
+            max_new_tokens=4,
+            suppress_tokens=list(BANNED),
+            logits_processor=[recorder],
         )
         for input_ids, _, out in recorder.calls:
             generated = input_ids[:, inputs["input_ids"].shape[1] :]
             assert len(generated) == 2 * returned
-            same(out, contrasted(judged(judge, inputs, generated), judged(judge, other, generated), 0.5, 0.0))
+            same(out, contrasted(judged(judge, inputs, generated, *BANNED), judged(judge, other, generated), 0.5, 0.0))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -263,23 +279,37 @@ def test_an_image_is_encoded_once_for_both_questions(name, beams):
         for given in (inputs, other)
     )
     recorder = Recorder(LQCDLogitsProcessor(model, other_shared, contrast=1.0, plausibility=0.0))
-    model.generate(**shared, max_new_tokens=4, num_beams=beams, do_sample=False, logits_processor=[recorder])
+    model.generate(
+        **shared,
+        max_new_tokens=4,
+        num_beams=beams,
+        do_sample=False,
+        suppress_tokens=list(BANNED),
+        logits_processor=[recorder],
+    )
     assert len(encoded) == 1
     assert len(recorder.calls) == 4
     for input_ids, _, out in recorder.calls:
         generated = input_ids[:, inputs["input_ids"].shape[1] :]
-        same(out, contrasted(judged(judge, inputs, generated), judged(judge, other, generated), 1.0, 0.0))
+        same(out, contrasted(judged(judge, inputs, generated, *BANNED), judged(judge, other, generated), 1.0, 0.0))
 
 
 def test_a_text_question_beside_an_image():
     model, inputs, text = qwen2_5(), question([FIRST, SECOND]), [12, 13, 14]
     judge = copy.deepcopy(model)
     recorder = Recorder(LQCDLogitsProcessor(model, text, contrast=1.0, plausibility=0.0))
-    model.generate(**inputs, max_new_tokens=4, num_beams=2, do_sample=False, logits_processor=[recorder])
+    model.generate(
+        **inputs,
+        max_new_tokens=4,
+        num_beams=2,
+        do_sample=False,
+        suppress_tokens=list(BANNED),
+        logits_processor=[recorder],
+    )
     for input_ids, _, out in recorder.calls:
         generated = input_ids[:, inputs["input_ids"].shape[1] :]
         unseen = tiny.recomputed(judge, [text + row for row in generated.tolist()])
-        same(out, contrasted(judged(judge, inputs, generated), unseen, 1.0, 0.0))
+        same(out, contrasted(judged(judge, inputs, generated, *BANNED), unseen, 1.0, 0.0))
 
 
 def test_image_tokens_without_an_image_are_refused():
@@ -328,18 +358,22 @@ def test_llava():
         return {"input_ids": ids, "attention_mask": (ids != tiny.PAD).long(), "pixel_values": pictures}
 
     @torch.no_grad()
-    def alone(inputs: dict, generated: torch.Tensor) -> torch.Tensor:
+    def alone(inputs: dict, generated: torch.Tensor, *banned: int) -> torch.Tensor:
         logits = []
         for row, tokens in enumerate(generated):
             item = row // (len(generated) // 2)
             ids = inputs["input_ids"][item][inputs["attention_mask"][item].bool()]
             seen = model(input_ids=torch.cat([ids, tokens])[None], pixel_values=pictures[item : item + 1])
             logits.append(seen.logits[0, -1])
-        return torch.stack(logits).log_softmax(-1)
+        scores = torch.stack(logits)
+        scores[:, list(banned)] = -torch.inf
+        return scores.log_softmax(-1)
 
     inputs, other = asked([[5, 6], [7, 8, 9, 10]]), asked([[12, 5, 6], [13]])
-    recorder = Recorder(LQCDLogitsProcessor(model, other, contrast=1.0, plausibility=0.0))
-    model.generate(**inputs, max_new_tokens=4, num_beams=3, do_sample=False, logits_processor=[recorder])
+    recorder = Recorder(LQCDLogitsProcessor(model, other, contrast=0.5, plausibility=0.0))
+    model.generate(
+        **inputs, max_new_tokens=4, num_beams=3, do_sample=False, suppress_tokens=[IMAGE], logits_processor=[recorder]
+    )
     for input_ids, _, out in recorder.calls:
         generated = input_ids[:, inputs["input_ids"].shape[1] :]
-        same(out, contrasted(alone(inputs, generated), alone(other, generated), 1.0, 0.0))
+        same(out, contrasted(alone(inputs, generated, IMAGE), alone(other, generated), 0.5, 0.0))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from hf_logits.auxiliary import EngineStats
 from hf_logits.logits import entropy
 from hf_logits.processors.entropy_adaptive import EntropyAdaptiveLogitsProcessor, relative_cost, switch
 from oracles import COSTS, SWITCH_ENTROPIES, SWITCH_MEANS_2, SWITCHES
@@ -188,7 +189,9 @@ def test_finished_rows_never_ask_for_the_large_model(small, large):
         ids = torch.cat([ids, torch.tensor(column)[:, None]], dim=1)
     forwards = processor.stats.forwards
     processor(ids, flat)
-    assert processor.stats.trace["large"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]
+    # NaN behind the end: those positions are nobody's
+    assert processor.stats.trace["large"].nan_to_num(-1).tolist() == [[1, 1, 1, 1, -1], [1, 1, -1, -1, -1]]
+    assert processor.cost(10).share == 1
     assert processor.stats.forwards == forwards
 
 
@@ -211,6 +214,7 @@ def test_the_savings_of_a_processor(case, small, large):
     chosen = (torch.arange(100) < 100 * share).float()[None]
     stats = processor.stats
     stats.trace["large"] = chosen
+    processor._begun = EngineStats(), 0
     type_with_trace = type("Traced", (EntropyAdaptiveLogitsProcessor,), {"stats": property(lambda self: stats)})
     processor.__class__ = type_with_trace
     cost = processor.cost(millions)
@@ -218,6 +222,22 @@ def test_the_savings_of_a_processor(case, small, large):
     assert abs(cost.share - share) < 1e-6
     assert abs(1 - cost.relative_cost - paper) < 2e-4
     assert abs(1 - cost.relative_cost_here - here) < 6e-4
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_flops_of_one_generation(small, large, padded):
+    """Of the last generation alone, whatever ran before: both models read the prompts and each chosen token but the last."""
+    ids, mask = tiny.prompts(padded=padded)
+    processor = EntropyAdaptiveLogitsProcessor(large, threshold=-1.0, min_stay=0, pad_token_id=tiny.PAD)
+    for _ in range(2):
+        small.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, logits_processor=[processor])
+        # the second time the large model finds the prompts in its cache
+        processor.engines[0].reset()
+        read = int(mask.sum()) + ids.shape[0] * 3
+        cost = processor.cost(small)
+        assert cost.flops == 2.0 * read * (small.num_parameters() + large.num_parameters())
+        assert cost.relative_flops == pytest.approx(1 + small.num_parameters() / large.num_parameters())
+        assert cost.large_forwards == 4
 
 
 def test_the_extremes_of_the_cost():
