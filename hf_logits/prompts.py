@@ -34,7 +34,8 @@ def single_token(value: int | str, tokenizer: PreTrainedTokenizerBase | None, *,
             raise ValueError(f"{what} must be a token id >= 0, got {value}.")
         return value
     ids = tokenize(value, tokenizer, what=what, special_tokens=False)
-    check_known(value, ids, tokenizer, what=what)
+    if len(ids) == 1:
+        check_known(value, ids, tokenizer, what=what)
     if len(ids) != 1:
         raise ValueError(
             f"{what}={value!r} is {len(ids)} tokens ({ids}), not one: add it with tokenizer.add_tokens([...]) before training, or "

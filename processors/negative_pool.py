@@ -45,7 +45,7 @@ class NegativePool:
         """Put newly written texts into the pool."""
         for example in examples:
             if not isinstance(example, str) or not example:
-                raise TypeError(f"An example must be a text that is not empty, got {example!r}.")
+                raise TypeError(f"examples must be texts that are not empty, got {example!r}.")
         self.examples.extend(examples)
 
     def draw(self) -> list[str]:

@@ -164,7 +164,7 @@ def _joined(negatives: Any) -> Any:
             return " ".join(negatives)
         if any(isinstance(group, Sequence) and not group for group in negatives):
             raise ValueError(
-                f"negatives holds an empty set of examples: give each item of the batch at least one; got {negatives!r}."
+                f"negatives holds an empty set of examples: give each item of the batch at least one token; got {negatives!r}."
             )
         if all(isinstance(group, Sequence) and all(isinstance(t, str) for t in group) for group in negatives):
             return [group if isinstance(group, str) else " ".join(group) for group in negatives]

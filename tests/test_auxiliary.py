@@ -319,6 +319,10 @@ def test_nan_logits_are_refused_and_do_no_harm():
 # --- adapters --------------------------------------------------------------------------------------------------------------
 
 
+# Raised inside of PEFT, which asks the transformers model by an old name whether it saves memory.
+builds_peft_model = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
 def two_adapters(base=tiny.llama) -> PeftModel:
     """Two LoRA adapters that differ from the base and from each other."""
     torch.manual_seed(0)
@@ -373,6 +377,7 @@ def _lora_layers(model: PeftModel) -> list:
     return [module for name, module in model.named_modules() if name.endswith(("q_proj", "v_proj"))]
 
 
+@builds_peft_model
 def test_the_active_adapter_is_looked_up_at_every_call():
     model, (ids, rows) = two_adapters(), padded_prompts()
     engine = AuxiliaryLM(model)
@@ -382,8 +387,7 @@ def test_the_active_adapter_is_looked_up_at_every_call():
     close(engine(ids)[0], separately(model, "west", rows))
 
 
-# Raised inside of PEFT, which asks the transformers model by an old name whether it saves memory.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@builds_peft_model
 def test_prompt_tuning_is_refused():
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = get_peft_model(tiny.llama(), config)
@@ -395,6 +399,7 @@ def test_prompt_tuning_is_refused():
     close(AuxiliaryLM(model, [Context(adapter=BASE)])(ids)[0], expected)  # the model below it is as good as any
 
 
+@builds_peft_model
 def test_adapters_that_are_not_there():
     with pytest.raises(ValueError, match=r"Unknown adapters \['c'\]; the model has \['a', 'b'\]"):
         AuxiliaryLM(two_adapters(), [Context(adapter="east"), Context(adapter="north")])

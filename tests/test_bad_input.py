@@ -278,7 +278,7 @@ def test_whole_numbers(build, name, least, value):
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "3"], ids=repr)
 def test_a_minimum_stay(value):
-    with refused(ValueError, "min_stay must be a whole number of at least 0", "got", repr(value)):
+    with refused((TypeError, ValueError), "min_stay must be a whole number of at least 0", "got", repr(value)):
         adaptive(min_stay=value)
 
 
