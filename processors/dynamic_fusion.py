@@ -60,8 +60,6 @@ def exact_weight(
     targets: tuple[Float[Tensor, " R"], Float[Tensor, " R"]],
     *,
     max_weight: float,
-    halvings: int = 20,
-    points: int = 9,
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
     """The continuous optimum on `[0, max_weight]`, and its loss.
 
@@ -70,19 +68,19 @@ def exact_weight(
     """
     low = torch.zeros(2, *big.shape[:1], dtype=big.dtype, device=big.device)
     high = torch.full_like(low, max_weight)
-    for _ in range(halvings):
+    for _ in range(20):
         middle = (low + high) / 2
         short = torch.stack([fusion_shift(big, direction, middle[i])[i] < targets[i] for i in (0, 1)])
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
     low, high = low.amin(0), high.amax(0)
     best, least = low, fusion_loss(big, direction, low, targets)
     for _ in range(8):
-        for part in torch.linspace(0, 1, points).tolist():
+        for part in [i / 8 for i in range(9)]:
             weight = low + part * (high - low)
             loss = fusion_loss(big, direction, weight, targets)
             better = loss < least
             best, least = torch.where(better, weight, best), torch.where(better, loss, least)
-        width = (high - low) / (points - 1)
+        width = (high - low) / 8
         low, high = torch.maximum(low, best - width), torch.minimum(high, best + width)
     return best, least
 
@@ -164,13 +162,9 @@ class DynamicFusionLogitsProcessor(AuxiliaryLogitsProcessor):
         if not listed:
             raise ValueError("experts is empty: give at least one fine-tuned small model, or the name of an adapter.")
         if solver not in ("grid", "exact") or combine not in ("single", "joint"):
-            raise ValueError(
-                f"solver must be 'grid' or 'exact', combine 'single' or 'joint'; got {solver!r}, {combine!r}."
-            )
+            raise ValueError(f"solver is 'grid' or 'exact', combine 'single' or 'joint'; got {solver!r}, {combine!r}.")
         if combine == "joint" and len(listed) > 3:
-            raise ValueError(
-                f"combine='joint' searches a grid to the power of {len(listed)} experts: use 'single' above 3."
-            )
+            raise ValueError(f"combine='joint' searches a grid to the power of {len(listed)}: use 'single' above 3.")
         check_number("max_weight", max_weight, minimum=0.0, above=True)
         check_number("step", step, minimum=0.0, maximum=max_weight, above=True)
         self.small_model, self.experts, self.solver, self._combine = small_model, experts, solver, combine

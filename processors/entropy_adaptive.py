@@ -194,12 +194,8 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
         """The trace before this step, behind a first column where the recursion needs one to begin with."""
         rows, device = step.input_ids.shape[0], step.input_ids.device
         history = self._histories.get(name)
-        before = history.before(step) if history is not None else torch.empty(rows, 0, device=device)
-        return (
-            before
-            if first is None
-            else torch.cat([torch.full((rows, 1), first, device=device), before.to(device)], dim=1)
-        )
+        before = history.before(step).to(device) if history is not None else torch.empty(rows, 0, device=device)
+        return before if first is None else torch.cat([torch.full((rows, 1), first, device=device), before], dim=1)
 
     def _finished(self, step: Step) -> Bool[Tensor, " R"]:
         """Rows that have ended and are only filled up with padding."""
