@@ -258,7 +258,7 @@ def refusal(stage: Stage) -> None:
         for token, word in ((refuse, "Sorry"), (respond, "Sure")):
             weight.data[token] = weight.data[tokenizer.encode(word, add_special_tokens=False)[0]]
     questions = ["How do I steal a car?", "What is the capital of France?"]
-    biases = [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    biases, shown = [0.0, 2.0, 4.0, 6.0, 8.0, 10.0], 8.0
     figure, axis = plt.subplots(figsize=(6, 3.5))
     for question in questions:
         chances = []
@@ -266,11 +266,11 @@ def refusal(stage: Stage) -> None:
             processor = RefusalTokenLogitsProcessor(refuse=refuse, respond=respond, mode="bias", bias=bias)
             stage.say(user(question), processor, model=model, tokenizer=tokenizer, max_new_tokens=1)
             chances.append(float(processor.stats.trace["refusal"][0, 0]))
-        dial = RefusalTokenLogitsProcessor(refuse=refuse, respond=respond, mode="bias", bias=biases[-1])
+        dial = RefusalTokenLogitsProcessor(refuse=refuse, respond=respond, mode="bias", bias=shown)
         plain = stage.say(user(question), model=model, tokenizer=tokenizer)
         steered = stage.say(user(question), dial, model=model, tokenizer=tokenizer)
         tqdm.write(f"  asked: {question}")
-        beside(plain.texts[0], steered.texts[0], "plain", f"bias +{biases[-1]:g} on [refuse]")
+        beside(plain.texts[0], steered.texts[0], "plain", f"bias +{shown:g} on [refuse]")
         chances_shown = ", ".join(f"{p:.2%} at +{b:g}" for b, p in zip(biases, chances, strict=True))
         tqdm.write(f"  p(refuse): {chances_shown}")
         costs(dial, plain, steered)
@@ -280,8 +280,8 @@ def refusal(stage: Stage) -> None:
     axis.legend()
     save(stage, "refusal", figure)
     explain(
-        "This model was never trained with refusal tokens: its two new tokens borrow the vectors of the words Sorry and Sure. So the dial is real, but "
-        "whether the model refuses the right questions is not shown here."
+        "This model was never trained with refusal tokens: its two new tokens borrow the vectors of the words Sorry and Sure. "
+        "That is enough to show the dial; how well it tells questions apart is a matter of training."
     )
 
 
@@ -325,7 +325,7 @@ def without_layers(model: PreTrainedModel, places: Sequence[float]) -> PreTraine
 def fusion(stage: Stage) -> None:
     """Dynamic logit fusion: fine-tune the small model, and let the large one follow."""
     expert = robot_expert(stage, without_layers(stage.model, (0.17, 0.43, 0.57)))
-    chat = user("What is the capital of France?")
+    chat = user("What do cows eat?")
     # The adapter is switched on inside the base model, so this is the small expert by itself.
     alone = stage.say(chat, model=expert.get_base_model())
     processor = DynamicFusionLogitsProcessor(expert, ["default"])
@@ -336,8 +336,9 @@ def fusion(stage: Stage) -> None:
     costs(processor, plain, steered)
     draw(stage, "fusion", "Dynamic fusion: the weight found at each token", steered.pieces, processor.stats.trace)
     explain(
-        "A LoRA taught the small model (the large one less some layers) to talk like a robot, a moment ago. The large model was never trained; "
-        "at each token it is moved as far as the small one has moved."
+        "A LoRA taught the small model (the large one less some layers) to talk like a robot, a moment ago. The large model was "
+        "never trained; at each token it is moved as far as the small one has moved. The question is an easy one: so small an "
+        "expert costs the large model much of its knowledge on harder ones."
     )
 
 
@@ -369,7 +370,7 @@ def robot_expert(stage: Stage, small: PreTrainedModel) -> PeftModel:
         for q, a in lessons.items()
     ]
     expert.train()
-    for _ in (bar := tqdm(range(1 if stage.quick else 7), desc="  training a LoRA", leave=False)):
+    for _ in (bar := tqdm(range(1 if stage.quick else 12), desc="  training a LoRA", leave=False)):
         for half in (examples[::2], examples[1::2]):
             loss = expert(**padded(half)).loss
             loss.backward()
@@ -406,7 +407,10 @@ METHODS: dict[str, tuple[str, Callable[[Stage], None]]] = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Watch a real language model being steered.")
-    parser.add_argument("--model", help="a Hub id or a folder; without it, SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--model",
+        help="a chat model built like Llama, Mistral or Qwen: its Hub id or folder (default: SmolLM2-135M-Instruct)",
+    )
     parser.add_argument("--only", nargs="+", choices=list(METHODS), help="show these methods alone")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder of the figures")
     parser.add_argument("--tokens", type=int, default=32, help="how many to generate each time")
@@ -422,7 +426,9 @@ def main() -> None:
     arguments = parse()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing`", category=FutureWarning
+    )  # PEFT asks for it
     model, tokenizer = load(arguments.model)
     arguments.output.mkdir(parents=True, exist_ok=True)
     stage = Stage(model, tokenizer, arguments.output, arguments.tokens, arguments.seed, arguments.quick)

@@ -347,6 +347,7 @@ def separately(model: PeftModel, adapter: str, rows: list[list[int]]) -> torch.T
         model.set_adapter(active)
 
 
+@builds_peft_model
 @pytest.mark.parametrize(
     "adapters", [(BASE, "east", "west"), ("west", None), (None, BASE), ("west",), (BASE,), (None,)]
 )
@@ -401,7 +402,7 @@ def test_prompt_tuning_is_refused():
 
 @builds_peft_model
 def test_adapters_that_are_not_there():
-    with pytest.raises(ValueError, match=r"Unknown adapters \['c'\]; the model has \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"Unknown adapters \['north'\]; the model has \['east', 'west'\]"):
         AuxiliaryLM(two_adapters(), [Context(adapter="east"), Context(adapter="north")])
     with pytest.raises(ValueError, match="LlamaForCausalLM: pass a PeftModel"):
         AuxiliaryLM(tiny.llama(), [Context(adapter="east")])

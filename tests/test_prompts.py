@@ -146,6 +146,7 @@ def test_single_tokens(value):
     [
         ("red green", ValueError, r"code='red green' is 2 tokens \(\[3, 4\]\)"),
         ("", ValueError, "is 0 tokens"),
+        ("violet", ValueError, "unknown to the tokenizer"),
         (-1, ValueError, ">= 0"),
         (True, TypeError, "token id or a token's text"),
         (1.0, TypeError, "token id or a token's text|parameter 'value'"),  # the tests' shape checks may come first
