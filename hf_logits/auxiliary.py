@@ -393,7 +393,8 @@ class AuxiliaryLM:
             extra["attention_mask"] = mask[keys[:, 1]]
         elif inputs is not None or self._padded:
             extra["attention_mask"] = seen.long()
-        if self._takes_positions and not (inputs is not None and self._mrope is not None):
+        typed = self._mrope is not None and inputs is not None and "mm_token_type_ids" in inputs
+        if self._takes_positions and not typed:  # with token types the model works out an image's positions itself
             positions = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, begin:]
             if state.offsets is not None:
                 positions = (positions + state.offsets)[None].expand(3, -1, -1)  # time, height, width
@@ -409,9 +410,8 @@ class AuxiliaryLM:
             if self._takes_logits_to_keep:  # behind prepare_inputs, because some models set their own
                 prepared["logits_to_keep"] = 0 if self.score_tokens else 1
             logits = cast(Any, self.model)(**prepared, **self._adapter_names(keys)).logits
-            if inputs is not None and self._mrope is not None:
-                deltas = self._mrope.rope_deltas
-                state.offsets = torch.zeros_like(keys[:, :1]) if deltas is None else deltas.to(keys.device).view(-1, 1)
+            if typed and self._mrope is not None and self._mrope.rope_deltas is not None:
+                state.offsets = self._mrope.rope_deltas.to(keys.device).view(-1, 1)
         if begin == 0 and not len(state.cache):
             raise ValueError(
                 f"{type(self._base).__name__} does not keep its state in a transformers `Cache`, so it cannot follow a generation as an "
@@ -467,9 +467,11 @@ class AuxiliaryLM:
 
     @contextlib.contextmanager
     def _own_rope_deltas(self) -> Iterator[None]:
-        """Some vision-language models keep the generating prompt's position offset on the module: hand it back untouched."""
+        """Some vision-language models keep the last prompt's position offset on the module: see none, hand theirs back."""
         saved = self._mrope.rope_deltas if self._mrope is not None else None
         try:
+            if self._mrope is not None:
+                self._mrope.rope_deltas = None
             yield
         finally:
             if self._mrope is not None:

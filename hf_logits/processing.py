@@ -5,6 +5,7 @@ log-probabilities over the shared vocabulary and returns scores; the rest is her
 bans, vocabularies of unequal size, normalisation, the trace.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -277,9 +278,19 @@ def prompt_context(
         for name, value in extra.items()
     }
     return Context(
-        rewrite, adapter, {name: _to(value, model.device) for name, value in inputs.items()}, items=len(ids)
+        rewrite, adapter, {name: _own(value, model.device) for name, value in inputs.items()}, items=len(ids)
     )
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def _own(value: Any, device: torch.device) -> Any:
+    """A copy on `device`, down to the tensors: `generate` repeats the rows of the encoder outputs that it is given in place."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        own = copy.copy(value)
+        for name, item in value.items():
+            own[name] = _own(item, device)  # type: ignore[index]
+        return own
+    if isinstance(value, list | tuple):
+        return type(value)(_own(item, device) for item in value)
+    return value
