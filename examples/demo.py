@@ -20,7 +20,7 @@ from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # figures go to files
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-# Threads that spin while they wait make a busy machine ten times slower, and an idle one hardly quicker.
+# Threads that spin while they wait make a busy machine up to ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib.pyplot as plt

@@ -222,6 +222,7 @@ def test_history_follows_rows_and_rollback():
     assert record([[6], [6]], 13, 14) == [[13], [14]]  # at the first position again
     assert record([[6, 4]], 15) == [[13, 15]]
     assert record([[7, 7, 7]], 16) == [[16]]
+    assert record([[8], [9], [9]], 17, 18, 19) == [[17], [18], [19]]  # a new prompt in a larger batch
 
 
 def test_history_before_the_call():
