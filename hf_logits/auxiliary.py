@@ -160,7 +160,8 @@ class AuxiliaryLM:
         # Attention layers that keep every token can be rolled back to any depth; the mask still applies a sliding window.
         self._croppable = layers <= {DynamicLayer, DynamicSlidingWindowLayer}
         self._cache_config = None if self._croppable else text_config
-        self._window: int | None = getattr(text_config, "max_position_embeddings", None)
+        window: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._window = window if window is not None and window > 0 else None  # XLNet says -1: no bound
         self._positions_end = any(
             isinstance(module, nn.Embedding) and self._window in (module.num_embeddings, module.num_embeddings - 2)
             for module in self._base.modules()
@@ -379,7 +380,7 @@ class AuxiliaryLM:
             state.keys = keys[:, : _HEAD + end]
             self.stats.forwards += 1
         padded = self._padded and self._prompts is not None and start < self._prompts[1].shape[1] - _HEAD
-        self.stats.tokens += int(real.sum()) if padded else keys.shape[0] * (stop - start)
+        self.stats.tokens += int(real[:, start:].sum()) if padded else keys.shape[0] * (stop - start)
 
     def _forward(
         self, state: _State, keys: Tensor, real: Tensor, begin: int, end: int, inputs: Mapping[str, Any] | None

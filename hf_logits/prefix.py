@@ -144,7 +144,8 @@ class PromptTracker:
 class PrefixHistory:
     """One value a row and generated position, kept right under beams and rollback.
 
-    `values` has shape `[R, T]`: column `t` belongs to the call that chose the `t`-th generated token.
+    `values` has shape `[R, T]`: column `t` belongs to the call that chose the `t`-th generated token. `append` belongs to every
+    call, because rows are found by where they were at the call before.
     """
 
     def __init__(self) -> None:

@@ -212,12 +212,12 @@ def test_returned_sequences_and_a_second_generation():
 
 def test_a_prompt_that_ends_with_its_image():
     """Its last token cannot be read once more without the image, as that of a text could."""
-    model, inputs, other = qwen2_5(), question([FIRST]), question([(SMALL, [])], seed=1)
+    model, inputs, other = qwen2_5(), question([FIRST, SECOND]), question([(SMALL, []), (SMALL, [])], seed=1)
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
         other[name] = other[name][:, :-1]
     judge, engine = copy.deepcopy(model), LQCDLogitsProcessor(model, other).engines[0]
     for tokens in ([], [5], [5, 6], []):  # and a second generation begins
-        generated = torch.tensor([tokens], dtype=torch.long)
+        generated = torch.tensor([tokens] * 2, dtype=torch.long)
         found = engine(torch.cat([inputs["input_ids"], generated], dim=1))
         same(found[0], judged(judge, other, generated))
 
