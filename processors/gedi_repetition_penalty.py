@@ -6,9 +6,10 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from hf_logits.checks import check_number
+from hf_logits.recipe import SharedAsRecipe
 
 
-class GeDiRepetitionPenaltyLogitsProcessor(LogitsProcessor):
+class GeDiRepetitionPenaltyLogitsProcessor(SharedAsRecipe, LogitsProcessor):
     """The repetition penalty of the published GeDi code: scores are made positive first, then divided.
 
     Goes behind [`~hf_logits.processors.GeDiLogitsProcessor`] in the list. It does not return log-probabilities, so it is for greedy search and
