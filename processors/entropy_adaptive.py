@@ -133,6 +133,7 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
             entropy_of,
             start,
         )
+        self.eos_token_id = eos_token_id
         eos = eos_token_id if eos_token_id is not None else large_model.generation_config.eos_token_id
         self._eos = torch.tensor([eos] if isinstance(eos, int) else list(eos or []), dtype=torch.long)
         super().__init__(
