@@ -18,16 +18,19 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.file_download import repo_folder_name
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import logging
 
 from hf_logits.prompts import last_token
 from hf_logits.recipe_format import (
@@ -48,6 +51,9 @@ from hf_logits.recipe_reader import RecipeReader
 
 __all__ = ["RecipeError", "SharedAsRecipe", "load_recipe", "origin_of", "save_recipe"]
 
+logger = logging.get_logger(__name__)
+Processor = TypeVar("Processor")
+
 
 class SharedAsRecipe:
     """Save, load and push for processors; the ecosystem's three methods, on one processor."""
@@ -63,7 +69,7 @@ class SharedAsRecipe:
         save_recipe([cast(LogitsProcessor, self)], save_directory, main_model=main_model)
 
     @classmethod
-    def from_pretrained(cls, recipe: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(cls: type[Processor], recipe: str | Path, **kwargs: Any) -> Processor:
         """The processor of a recipe. See [`load_recipe`]; further keyword arguments replace those of the recipe."""
         names = {*inspect.signature(load_recipe).parameters} - {"overrides"}
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
@@ -93,8 +99,9 @@ def save_recipe(
     """Write processors as one recipe, in their order.
 
     Auxiliary models that came from the Hub are stored as repository and commit, adapters and models without such an origin
-    with their weights beside the recipe. So a model that came from the Hub and was trained since has to be pushed, and loaded
-    from there, before. The recipe itself is written last: a run that dies leaves the old one, which its checksums may refuse.
+    with their weights beside the recipe. That includes models that were trained since they came: their weights are compared
+    with those in the Hub's cache. The recipe itself is written last: a run that dies leaves the old one, which its checksums
+    may refuse.
 
     Args:
         processors (`Sequence[LogitsProcessor]`): processors of this package.
@@ -187,12 +194,14 @@ class _Encoder:
 
     def _reference(self, model: Any, name: str) -> dict[str, Any]:
         origin = origin_of(model)
+        if origin is not None:
+            origin |= {"task": _task(model), "dtype": str(model.dtype).removeprefix("torch.")}
         if model is self.main_model:
-            return {"kind": "main"} | ({"task": _task(model), **origin} if origin is not None else {})
+            return {"kind": "main"} | (origin or {})
         if isinstance(model, PeftModel):
             return self._adapters(model, name)
         if origin is not None:
-            return {"kind": "hub", "task": _task(model), **origin}
+            return {"kind": "hub", **origin}
         model.save_pretrained(self.folder / name, state_dict=_without_adapters(model))
         return {"kind": "folder", "task": _task(model), "folder": name}
 
@@ -206,6 +215,10 @@ class _Encoder:
         model.save_pretrained(str(self.folder / name), save_embedding_layers=False)
         for path in (self.folder / name).rglob("README.md"):
             path.unlink()  # PEFT's template card, with nothing in it
+        for path in (self.folder / name).rglob("adapter_config.json"):
+            # The recipe names the base; what PEFT notes is a path of this machine.
+            config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": None}
+            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         adapters = sorted(model.peft_config)
         return {
             "kind": "adapters",
@@ -229,13 +242,33 @@ def _without_adapters(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def origin_of(model: Any) -> dict[str, str] | None:
-    """Repository and commit that a model was loaded from."""
-    if isinstance(model, PeftModel):
+    """Repository and commit that hold the weights of `model`, if the Hub's cache shows them to be the same."""
+    name = None if isinstance(model, PeftModel) else model.config.name_or_path
+    if not is_repo_id(name) or Path(name).exists():
         return None
-    commit, name = getattr(model.config, "_commit_hash", None), model.config.name_or_path
-    if not isinstance(commit, str) or not COMMIT.fullmatch(commit) or not is_repo_id(name) or Path(name).exists():
-        return None
-    return {"repo_id": name, "revision": commit}
+    cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    main = cache / "refs" / "main"
+    likely = [getattr(model.config, "_commit_hash", None), main.read_text() if main.is_file() else None]
+    for commit in dict.fromkeys([*likely, *sorted(path.name for path in cache.glob("snapshots/*"))]):
+        if commit is not None and COMMIT.fullmatch(commit) and _holds(cache / "snapshots" / commit, model):
+            return {"repo_id": name, "revision": commit}
+    logger.warning_once(
+        f"{name} in the cache has not the weights of the given model, which is therefore stored itself."
+    )
+    return None
+
+
+def _holds(snapshot: Path, model: PreTrainedModel) -> bool:
+    weights, stored = _without_adapters(model), set[str]()
+    for path in snapshot.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, it is no mapping
+                ours = weights.get(name)
+                if ours is None or not torch.equal(ours, file.get_tensor(name).to(ours)):
+                    return False
+                stored.add(name)
+    places = {weights[name].data_ptr() for name in stored}
+    return bool(stored) and all(weight.data_ptr() in places for weight in weights.values())
 
 
 def _task(model: PreTrainedModel) -> str:

@@ -260,7 +260,7 @@ class RecipeReader:
     def _load(self, where: str, reference: Any) -> Any:
         kind = reference.get("kind") if isinstance(reference, dict) else None
         if kind == "main":
-            origin = {"task", "repo_id", "revision"}
+            origin = {"task", "dtype", "repo_id", "revision"}
             self._keys(where, reference, {"kind"}, origin)
             if self.main_model is not None:
                 return self.main_model
@@ -268,7 +268,7 @@ class RecipeReader:
                 raise self.fault(where, "is the generating model: pass main_model=, or use hf_logits.pipeline().")
             return self._from_hub(where, reference)
         if kind == "hub":
-            self._keys(where, reference, {"kind", "task", "repo_id", "revision"})
+            self._keys(where, reference, {"kind", "task", "dtype", "repo_id", "revision"})
             return self._from_hub(where, reference)
         if kind == "folder":
             self._keys(where, reference, {"kind", "task", "folder"})
@@ -286,6 +286,8 @@ class RecipeReader:
             raise self.fault(
                 f"{where}.revision", f"is {revision!r:.60}: a recipe pins the full commit (40 hex digits)."
             )
+        if reference["dtype"] not in _DTYPES:
+            raise self.fault(f"{where}.dtype", f"is {reference['dtype']!r:.60}: it must be one of {list(_DTYPES)}.")
         try:  # what lies at the top is the model; folders hold other formats of it
             folder = snapshot_download(
                 repo_id,
@@ -302,7 +304,7 @@ class RecipeReader:
             raise self.fault(
                 f"{where}.repo_id", f"{repo_id} is not there, or private: pass token=, or save it anew."
             ) from error
-        model = self._from_folder(where, reference["task"], Path(folder))
+        model = self._from_folder(where, reference["task"], Path(folder), reference["dtype"])
         # Where it came from, so that it is saved again as what it is.
         model.config.name_or_path, model.config._commit_hash = repo_id, revision
         return model
@@ -319,7 +321,7 @@ class RecipeReader:
                 )
         return folder
 
-    def _from_folder(self, where: str, task: Any, folder: Path) -> Any:
+    def _from_folder(self, where: str, task: Any, folder: Path, dtype: str = "auto") -> Any:
         if not isinstance(task, str) or task not in TASKS:
             raise self.fault(f"{where}.task", f"is {task!r:.60}: it must be one of {sorted(TASKS)}.")
         config = self._json(where, folder / "config.json")
@@ -330,7 +332,7 @@ class RecipeReader:
         try:
             model = TASKS[task].from_pretrained(
                 folder,
-                dtype=self.dtype or "auto",
+                dtype=self.dtype or dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -405,6 +407,7 @@ def detached(model: Any) -> PreTrainedModel:
     return twin.unload() if isinstance(twin, PeftModel) else twin
 
 
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SIMPLE: dict[str, set[type]] = {
     str(bool): {bool},
     str(float): {int, float},

@@ -134,6 +134,7 @@ def write_remote_code(folder: str | Path) -> None:
 
 _GENERATE = '''"""Steers with the recipe of this repository: loads it with hf_logits and hands it to generate()."""
 
+import re
 from pathlib import Path
 
 from transformers import GenerationMixin
@@ -144,7 +145,9 @@ from hf_logits import load_recipe
 def generate(*args, model, logits_processor=None, custom_generate=None, trust_remote_code=None, **kwargs):
     if "_decoding_recipe" not in vars(model):
         source = model.config.name_or_path
-        revision = None if Path(source).is_dir() else getattr(model.config, "_commit_hash", None)
+        # transformers keeps this file in a folder that is called like the commit.
+        commit = None if Path(source).is_dir() else re.search("[0-9a-f]{40}", __file__)
+        revision = commit and commit[0]
         model._decoding_recipe = load_recipe(source, revision=revision, main_model=model)
     processors = [*(logits_processor or []), *model._decoding_recipe]
     # Not model.generate, which is this function.
