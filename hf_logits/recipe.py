@@ -243,15 +243,15 @@ def _without_adapters(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def origin_of(model: Any) -> dict[str, str] | None:
     """Repository and commit that hold the weights of `model`, if the Hub's cache shows them to be the same."""
-    name = None if isinstance(model, PeftModel) else model.config.name_or_path
+    name: Any = None if isinstance(model, PeftModel) else model.config.name_or_path
     if not is_repo_id(name) or Path(name).exists():
         return None
     cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
     main = cache / "refs" / "main"
-    likely = [getattr(model.config, "_commit_hash", None), main.read_text() if main.is_file() else None]
+    likely: list[Any] = [getattr(model.config, "_commit_hash", None), main.read_text() if main.is_file() else None]
     for commit in dict.fromkeys([*likely, *sorted(path.name for path in cache.glob("snapshots/*"))]):
         if commit is not None and COMMIT.fullmatch(commit) and _holds(cache / "snapshots" / commit, model):
-            return {"repo_id": name, "revision": commit}
+            return {"repo_id": str(name), "revision": str(commit)}
     logger.warning_once(
         f"{name} in the cache has not the weights of the given model, which is therefore stored itself."
     )

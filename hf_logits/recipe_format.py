@@ -54,6 +54,8 @@ def checksum(path: Path) -> str:
 
 def is_repo_id(name: Any) -> bool:
     """Whether `name` could be a repository on the Hub."""
+    if not isinstance(name, str):
+        return False
     try:
         validate_repo_id(name)
     except HFValidationError:
