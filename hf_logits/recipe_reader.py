@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -296,6 +296,10 @@ class RecipeReader:
                 ignore_patterns=["*/*"],
                 **self.options,
             )
+        except LocalEntryNotFoundError as error:
+            raise self.fault(
+                where, f"{repo_id} at {revision} is not in the cache, and the Hub cannot be asked: go online once."
+            ) from error
         except RevisionNotFoundError as error:
             raise self.fault(
                 f"{where}.revision", f"{revision} is not in {repo_id} (any more): save it anew."

@@ -32,3 +32,6 @@ class GeDiRepetitionPenaltyLogitsProcessor(SharedAsRecipe, LogitsProcessor):
         seen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, input_ids, True)
         # What lies below zero even so would gain from being divided.
         return torch.where(seen, torch.where(lifted > 0, lifted / self.penalty, lifted * self.penalty), lifted)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(penalty={self.penalty}, scale={self.scale})"

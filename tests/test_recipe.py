@@ -3,6 +3,10 @@
 import functools
 import hashlib
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +15,18 @@ import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_logits
 import tiny
-from hf_logits import RecipeError, load_recipe, save_recipe
+from hf_logits import RecipeError, load_recipe, push_recipe, save_recipe
 from hf_logits.processors import (
     DynamicFusionLogitsProcessor,
     EntropyAdaptiveLogitsProcessor,
@@ -72,7 +82,7 @@ RECIPES: dict[str, Callable[[PreTrainedModel], Any]] = {
     ),
     "gedi_penalty": lambda main: GeDiRepetitionPenaltyLogitsProcessor(1.4),
     "refusal": lambda main: RefusalTokenLogitsProcessor(
-        refuse={"a": 5, "b": 7}, respond=6, threshold={"a": 1e-9}, mode="category"
+        refuse={"a": 5, "b": 7}, respond=6, threshold={"a": 0.0, "b": 0.0}, mode="category"
     ),
     "refusal_text": lambda main: RefusalTokenLogitsProcessor(
         refuse="w5", respond="w6", mode="bias", bias=9.0, tokenizer=words()
@@ -384,9 +394,6 @@ def test_remote_code_needs_to_be_trusted(steered, installed):
     main, _ = steered(RECIPES["proxy"], remote_code=True)
     pipe = transformers.pipeline("text-generation", model="tester/steered", trust_remote_code=False)
     assert "generate" not in vars(pipe.model)
-    assert not [
-        name for name in sys.modules if "custom_generate" in name and "steered" in name and "generate" in vars(pipe)
-    ]
     ids = words()(TEXT, return_tensors="pt")["input_ids"]
     with pytest.raises(ValueError, match="trust_remote_code"):
         pipe.model.generate(ids, custom_generate="tester/steered", trust_remote_code=False)
@@ -423,6 +430,7 @@ def test_an_image_text_to_text_pipeline(tmp_path):
         eos_token="</s>",
         padding_side="left",
     )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     processor = transformers.LlavaProcessor(
         image_processor,
         tokenizer,
@@ -433,11 +441,9 @@ def test_an_image_text_to_text_pipeline(tmp_path):
     )
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    from PIL import Image
-
     image = Image.new("RGB", (4, 4), (200, 10, 90))
     given = {"images": [image], "text": "<image> w12 w13"}
-    options = {"max_new_tokens": NEW_TOKENS, "generate_kwargs": {"do_sample": False}, "return_full_text": False}
+    options = {"generate_kwargs": {"max_new_tokens": NEW_TOKENS, "do_sample": False}, "return_full_text": False}
     plain = hf_logits.pipeline("image-text-to-text", model=tmp_path)(**given, **options)
     guide.save_pretrained(tmp_path, main_model=model)
     found = hf_logits.pipeline("image-text-to-text", model=tmp_path)(**given, **options)
@@ -598,3 +604,335 @@ def test_an_existing_card_is_kept(hub):
     assert "penalty=1.9" in text
     assert "penalty=1.1" not in text
     assert text.index("Before.") < text.index("## Decoding recipe") < text.index("After.")
+
+
+# --- a recipe is data from strangers -----------------------------------------------------------------------------------------
+
+
+def innocent() -> list[Any]:
+    """Processors without auxiliary models of their own, but with a tensor and the main model."""
+    terms = [MixtureTerm(main_of_strangers(), torch.tensor([0.5]), [9, 8]), MixtureTerm(main_of_strangers(), -0.5)]
+    return [
+        MixtureLogitsProcessor(terms, plausibility=0.1, pad_token_id=0),
+        RefusalTokenLogitsProcessor(refuse={"a": 5, "b": 7}, respond=6, threshold={"a": 0.01}, mode="category"),
+        GeDiRepetitionPenaltyLogitsProcessor(),
+    ]
+
+
+@functools.cache
+def main_of_strangers() -> PreTrainedModel:
+    return tiny.llama(0)
+
+
+def at(recipe: Any, *path: Any, value: Any) -> None:
+    *way, last = path
+    for step in way:
+        recipe = recipe[step]
+    recipe[last] = value
+
+
+PENALTY = ("processors", 2, "arguments", "penalty")
+TERMS = ("processors", 0, "arguments", "terms")
+COMMIT = "0123456789" * 4
+HUB_MODEL = {"kind": "hub", "task": "causal-lm", "dtype": "float32", "repo_id": "a/b", "revision": COMMIT}
+FOLDER_MODEL = {"kind": "folder", "task": "causal-lm", "folder": "auxiliary_0"}
+ADAPTERS = {"kind": "adapters", "base": 0, "folder": "auxiliary_0", "adapters": ["default"], "active": "default"}
+BAD: dict[str, tuple[tuple, Any, str]] = {
+    "version_newer": (("schema_version",), 2, "schema_version is 2, this version reads 1: update"),
+    "version_boolean": (("schema_version",), True, "schema_version is True"),
+    "key_unknown": (("command",), "ls", "the file lacks .* unknown keys: 'command'"),
+    "key_unknown_in_processor": (("processors", 0, "code"), "ls", r"processors\[0\] .* unknown keys: 'code'"),
+    "key_unknown_in_arguments": (("processors", 0, "arguments", "evil"), 1, r"processors\[0\].arguments .*'evil'"),
+    "key_of_the_runtime": (("processors", 0, "arguments", "tokenizer"), "a/b", r"arguments .*'tokenizer'"),
+    "processors_none": (("processors",), [], "processors is empty"),
+    "processors_no_list": (("processors",), {}, "processors must be a list, not dict"),
+    "models_no_list": (("models",), None, "models must be a list"),
+    "method_unknown": (
+        ("processors", 0, "method"),
+        "eval",
+        r"processors\[0\].method is 'eval', unknown to this version",
+    ),
+    "method_of_a_module": (("processors", 0, "method"), "os.system", "method is 'os.system'"),
+    "method_class": (("processors", 0, "method"), "MixtureLogitsProcessor", "method is 'MixtureLogitsProcessor'"),
+    "method_dunder": (("processors", 0, "method"), "__init__", "method is '__init__'"),
+    "method_no_text": (("processors", 0, "method"), ["mixture"], "method is "),
+    "number_out_of_range": (PENALTY, 0.0, r"processors\[2\].arguments do not make .* penalty must be in \(0"),
+    "number_text": (PENALTY, "1.2", r"penalty is '1.2': it must be .*float"),
+    "number_boolean": (PENALTY, True, "penalty is True"),
+    "number_infinite": (PENALTY, {"$float": "inf"}, "penalty is inf|finite"),
+    "number_nan": (PENALTY, {"$float": "nan"}, "is 'nan': only 'inf' and '-inf'"),
+    "tag_unknown": (PENALTY, {"$eval": "1"}, "is an object with the keys"),
+    "tag_dunder": (PENALTY, {"$_keys": "1"}, "is an object with the keys"),
+    "tensor_missing": ((*TERMS, 0, "$term", "weight"), {"$tensor": "other"}, "names the tensor 'other'"),
+    "prompt_unknown": ((*TERMS, 0, "$term", "prompt"), {"$prompt": "os.getcwd"}, "only 'last_token' has a name"),
+    "model_out_of_range": ((*TERMS, 0, "$term", "model"), {"$model": 7}, "names the model 7"),
+    "model_negative": ((*TERMS, 0, "$term", "model"), {"$model": -1}, "names the model -1"),
+    "model_text": ((*TERMS, 0, "$term", "model"), "a/b", "do not make a MixtureLogitsProcessor"),
+    "kind_unknown": (("models", 0), {"kind": "pickle"}, r"models\[0\].kind is 'pickle'"),
+    "revision_missing": (
+        ("models", 0),
+        {k: v for k, v in HUB_MODEL.items() if k != "revision"},
+        r"models\[0\] lacks \['revision'\]",
+    ),
+    "revision_branch": (
+        ("models", 0),
+        HUB_MODEL | {"revision": "main"},
+        "revision is 'main': a recipe pins the full commit",
+    ),
+    "repository_path": (("models", 0), HUB_MODEL | {"repo_id": "../a"}, "repo_id is '../a', no repository id"),
+    "repository_offline": (("models", 0), HUB_MODEL, "is not in the cache"),
+    "dtype_unknown": (("models", 0), HUB_MODEL | {"dtype": "system"}, "dtype is 'system'"),
+    "folder_parent": (("models", 0), FOLDER_MODEL | {"folder": ".."}, "folder is '..'"),
+    "folder_absolute": (("models", 0), FOLDER_MODEL | {"folder": "/etc"}, "folder is '/etc'"),
+    "folder_missing": (("models", 0), FOLDER_MODEL, "names 'auxiliary_0', which is not there"),
+    "adapter_parent": (("models", 0), ADAPTERS | {"adapters": [".."]}, "it must list names of adapters"),
+    "adapter_not_there": (("models", 0), ADAPTERS, "names 'auxiliary_0', which is not there"),
+    "file_parent": (("files", "../x.json"), "0" * 64, "names '../x.json'"),
+    "file_absolute": (("files", "/etc/passwd"), "0" * 64, "names '/etc/passwd'"),
+    "file_nested_parent": (("files", "auxiliary_0/../../x.json"), "0" * 64, "names 'auxiliary_0/../../x.json'"),
+    "file_pickle": (
+        ("files", "auxiliary_0/pytorch_model.bin"),
+        "0" * 64,
+        "only .safetensors and .json files are read",
+    ),
+    "file_missing": (("files", "auxiliary_0/config.json"), "0" * 64, "which is not there: download or save"),
+    "checksum_no_checksum": (("files", TENSOR_FILE), "abc", "which is no SHA-256"),
+    "checksum_wrong": (("files", TENSOR_FILE), "0" * 64, "it was changed, or not saved to its end"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_recipe_is_refused_with_file_key_and_fix(name, tmp_path):
+    path, value, message = BAD[name]
+    save_recipe(innocent(), tmp_path, main_model=main_of_strangers())
+    edit(tmp_path, lambda recipe: at(recipe, *path, value=value))
+    before = digests(tmp_path)
+    with pytest.raises(RecipeError, match=f"{re.escape(str(tmp_path / RECIPE_FILE))}: .*({message})"):
+        load_recipe(tmp_path, main_model=main_of_strangers())
+    assert digests(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no valid JSON"),
+        ('{"schema_version": 1', "is no valid JSON"),
+        ("[1]", "must hold a JSON object"),
+        ('{"schema_version": NaN}', "NaN is no JSON"),
+        ("[" * 100_000, "is no valid JSON|is deeper than"),
+        ("[" * 20 + "]" * 20, "is deeper than 12 levels"),
+        (f"[{'1,' * 300_000}1]", "holds more than"),
+        (" " * 2_000_001, "is larger than 2000000 bytes"),
+        (b"\xff\xfe", "is no valid JSON"),
+    ],
+)
+def test_a_bad_file_is_refused(text, message, tmp_path):
+    (tmp_path / RECIPE_FILE).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RecipeError, match=f"{RECIPE_FILE}: the file .*({message})"):
+        load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("linked", [RECIPE_FILE, TENSOR_FILE, "auxiliary_0", "auxiliary_0/model.safetensors"])
+def test_a_link_that_leaves_the_folder_is_refused(linked, tmp_path):
+    place, elsewhere = tmp_path / "recipe", tmp_path / "elsewhere"
+    processors = [*innocent(), MixtureLogitsProcessor.contrastive(tiny.gpt2(1))]
+    save_recipe(processors, place, main_model=main_of_strangers())
+    (place / linked).rename(elsewhere)
+    (place / linked).symlink_to(elsewhere)
+    with pytest.raises(RecipeError, match="links to a place outside the recipe"):
+        load_recipe(place, main_model=main_of_strangers())
+
+
+def test_bad_tensors_are_refused(tmp_path):
+    save_recipe(innocent(), tmp_path, main_model=main_of_strangers())
+    for content, message in ((b"\xff" * 20, "cannot be read"), (None, "tensor_0 holds NaN")):
+        if content is None:
+            save_file({"tensor_0": torch.tensor([float("nan")])}, tmp_path / TENSOR_FILE)
+        else:
+            (tmp_path / TENSOR_FILE).write_bytes(content)
+        resign(tmp_path)
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(tmp_path, main_model=main_of_strangers())
+
+
+def auxiliary_edit(folder: Path, name: str, **changes: Any) -> None:
+    config = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(config | changes))
+
+
+STRANGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "code": (
+        "contrastive",
+        lambda f: auxiliary_edit(f, "config.json", model_type="evil", auto_map={"AutoModelForCausalLM": "evil.Evil"}),
+        "holds no model that can be loaded",
+    ),
+    "pickle": ("contrastive", lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "does not list"),
+    "weights_gone": ("contrastive", lambda f: (f / "model.safetensors").unlink(), "holds no model that can be loaded"),
+    "kernel": (
+        "contrastive",
+        lambda f: auxiliary_edit(f, "config.json", attn_implementation="evil/kernel"),
+        "names a kernel to download",
+    ),
+    "adapter_in_disguise": ("contrastive", lambda f: (f / "adapter_config.json").write_text("{}"), "is an adapter"),
+    "import": (
+        "mixture_adapter",
+        lambda f: auxiliary_edit(
+            f / "special", "adapter_config.json", megatron_config={}, megatron_core="antigravity"
+        ),
+        "",
+    ),
+    "import_by_name": (
+        "mixture_adapter",
+        lambda f: auxiliary_edit(
+            f / "special", "adapter_config.json", megatron_config={"a": 1}, megatron_core="antigravity"
+        ),
+        "megatron_config",
+    ),
+    "base_changed": (
+        "mixture_adapter",
+        lambda f: auxiliary_edit(f / "special", "adapter_config.json", init_lora_weights="pissa"),
+        "init_lora_weights that changes its base",
+    ),
+    "more_repositories": (
+        "mixture_adapter",
+        lambda f: auxiliary_edit(f / "special", "adapter_config.json", peft_type="XLORA"),
+        "has a 'XLORA' adapter",
+    ),
+    "adapter_strange": (
+        "mixture_adapter",
+        lambda f: auxiliary_edit(f / "special", "adapter_config.json", target_modules=["nothing"]),
+        "holds no adapter that can be loaded",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strange_auxiliary_is_refused_and_runs_nothing(name, tmp_path):
+    """All files are signed: this author knows the format. Beside the weights lies code that would leave a trace."""
+    recipe, change, message = STRANGE[name]
+    main, trace = tiny.llama(0), tmp_path / "trace"
+    place = tmp_path / "recipe"
+    RECIPES[recipe](main).save_pretrained(place, main_model=main)
+    change(place / "auxiliary_0")
+    if name == "pickle":
+        names = [n for n in digests(place) if n != RECIPE_FILE and not n.endswith(".bin")]
+        edit(place, lambda r: r.update(files={n: digests(place)[n] for n in names}))
+    else:
+        resign(place)
+    for folder in (place, tmp_path):
+        (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
+    if message:
+        with pytest.raises(RecipeError, match=f"{RECIPE_FILE}: .*{message}"):
+            load_recipe(place, main_model=main)
+    else:
+        load_recipe(place, main_model=main)
+    assert not trace.exists()
+    assert not {"antigravity", "evil"} & set(sys.modules)
+
+
+WEIRD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.integers(-3, 70),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=8),
+    st.sampled_from(["..", "/etc/passwd", "os.system", "mixture", "steer", "auxiliary_0", "main", "hub", COMMIT]),
+    st.sampled_from([HUB_MODEL, FOLDER_MODEL, ADAPTERS, {"$model": 0}, {"$map": [[1, 2]]}, {"$float": "inf"}, {}, []]),
+    st.lists(st.integers(-2, 70), max_size=3),
+    st.dictionaries(
+        st.sampled_from(["$term", "$map", "$tensor", "$prompt", "$model", "kind", "a"]), st.integers(-2, 3)
+    ),
+)
+
+
+def places(value: Any, path: tuple = ()) -> list[tuple]:
+    """The paths of everything inside a JSON value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, item in inside for found in [(*path, key), *places(item, (*path, key))]]
+
+
+def test_no_mutated_recipe_does_anything_but_complain(tmp_path):
+    """`HF_LOGITS_FUZZ` sets how many. Checksums stay right, so that the mutations reach what is behind them."""
+    main = main_of_strangers()
+    save_recipe(innocent(), tmp_path, main_model=main)
+    original = json.loads((tmp_path / RECIPE_FILE).read_text())
+    load_recipe(tmp_path, main_model=main)
+    with pytest.raises(RecipeError):  # so that whatever an honest try imports is imported
+        edit(tmp_path, lambda recipe: at(recipe, "models", 0, value=HUB_MODEL))
+        load_recipe(tmp_path, main_model=main)
+    outcomes = {"loaded": 0, "refused": 0}
+    modules, files = set(sys.modules), {*digests(tmp_path)}
+
+    @seed(3)
+    @settings(
+        max_examples=int(os.environ.get("HF_LOGITS_FUZZ", "2000")),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def fuzz(data: st.DataObject) -> None:
+        recipe = json.loads(json.dumps(original))
+        for _ in range(data.draw(st.integers(1, 3))):
+            *way, last = data.draw(st.sampled_from(places(recipe) or [("a",)]))
+            holder = functools.reduce(lambda value, step: value[step], way, recipe)
+            action = data.draw(st.sampled_from(["replace", "remove", "add"]))
+            if action == "remove" and (last in holder if isinstance(holder, dict) else True):
+                del holder[last]
+            elif action == "add" and isinstance(holder, dict):
+                holder[data.draw(st.one_of(st.text(max_size=8), st.sampled_from(["model", "prompt", "dtype"])))] = (
+                    data.draw(WEIRD)
+                )
+            else:
+                holder[last] = data.draw(WEIRD)
+        (tmp_path / RECIPE_FILE).write_text(json.dumps(recipe))
+        try:
+            load_recipe(tmp_path, main_model=main)
+            outcomes["loaded"] += 1
+        except RecipeError as error:
+            assert str(tmp_path / RECIPE_FILE) in str(error)
+            outcomes["refused"] += 1
+
+    fuzz()
+    assert {*digests(tmp_path)} == files
+    assert set(sys.modules) == modules
+    assert outcomes["refused"] > outcomes["loaded"] > 0
+
+
+# --- what the documentation shows ----------------------------------------------------------------------------------------------
+
+
+def test_the_readme_snippet_runs_as_written(hub, fresh):
+    """Over our Hub, with a tiny model under the name of the real one."""
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("## Share a decoding method") :].split("\n## ")[0]
+    assert len(section.splitlines()) <= 40
+    (snippet,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    (model_id,) = set(re.findall(r'model="(HuggingFaceTB/[^"]+)"', snippet))
+    tiny.llama(0).push_to_hub(model_id)
+    words().push_to_hub(model_id)
+    fresh()
+    exec(compile(snippet, "README.md", "exec"), scope := {})
+    assert "me/less-flowery" in hub.repos
+    assert scope["steered"] == scope["again"]
+
+
+def test_the_example(tmp_path):
+    """Offline, with a tiny model in a folder."""
+    tiny.llama(0).save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    command = [
+        sys.executable,
+        ROOT / "examples" / "share_a_recipe.py",
+        "--model",
+        tmp_path / "model",
+        "--folder",
+        tmp_path / "recipe",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the same tokens: True" in done.stdout
+    assert (tmp_path / "recipe" / RECIPE_FILE).is_file()
