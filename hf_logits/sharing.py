@@ -1,5 +1,7 @@
 """Recipes on the Hub: pushed with a model card, found next to a model's weights, and run by a pipeline."""
 
+import copy
+import functools
 import inspect
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ import transformers
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 from transformers.utils import cached_file
 
 from hf_logits.recipe import load_recipe, origin_of, save_recipe
@@ -39,11 +41,19 @@ def pipeline(task: str, model: Any = None, *, recipe: str | Path | None = None, 
         recipe = model if has_recipe(model, **hub) else None
     if recipe is None:
         return build(task, model=model, **kwargs)
-    # The pipeline hands this list to generate(). It is filled as soon as there is a model to share weights with.
-    processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
-    built = build(task, model=model, logits_processor=processors, **kwargs)
-    processors.extend(load_recipe(recipe, main_model=built.model, tokenizer=built.tokenizer, **hub))
+    built = build(task, model=model, **kwargs)
+    main = built.model
+    processors = load_recipe(recipe, main_model=main, tokenizer=built.tokenizer, **hub)
+    # Some pipelines forget what they were given at construction, so the model brings the processors along. A shallow copy of
+    # it, which has the same weights: a model that the caller passed stays plain.
+    built.model = copy.copy(main)
+    built.model.generate = functools.partial(_generate, main, processors)
     return built
+
+
+def _generate(main: Any, steering: Sequence[Any], *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
+    # The class's own method: the instance's may be remote code, which steers already.
+    return type(main).generate(main, *args, logits_processor=[*(logits_processor or []), *steering], **kwargs)
 
 
 def has_recipe(
