@@ -663,6 +663,14 @@ BAD: dict[str, tuple[tuple, Any, str]] = {
     "number_out_of_range": (PENALTY, 0.0, r"processors\[2\].arguments do not make .* penalty must be in \(0"),
     "number_text": (PENALTY, "1.2", r"penalty is '1.2': it must be .*float"),
     "number_boolean": (PENALTY, True, "penalty is True"),
+    "number_too_fine": (
+        ("processors", 2),
+        {
+            "method": "dynamic_fusion",
+            "arguments": {"small_model": {"$model": 0}, "experts": [{"$model": 0}], "step": 1e-300},
+        },
+        "max_weight / step must be in",
+    ),
     "number_infinite": (PENALTY, {"$float": "inf"}, "penalty is inf|finite"),
     "number_nan": (PENALTY, {"$float": "nan"}, "is 'nan': only 'inf' and '-inf'"),
     "tag_unknown": (PENALTY, {"$eval": "1"}, "is an object with the keys"),
@@ -900,8 +908,9 @@ def test_no_mutated_recipe_does_anything_but_complain(tmp_path):
 
     fuzz()
     assert {*digests(tmp_path)} == files
-    # Parts of packages may be loaded late, to word an error, but no package that was not there.
-    assert {name.split(".")[0] for name in sys.modules} == {name.split(".")[0] for name in modules}
+    # Parts of packages may be loaded late, but no package that was not there, except the printer of the shape checker's errors.
+    new = {name.split(".")[0] for name in sys.modules} - {name.split(".")[0] for name in modules}
+    assert new <= {"wadler_lindig"}
     assert outcomes["refused"] > outcomes["loaded"] > 0
 
 
