@@ -195,7 +195,7 @@ def _section(processors: Sequence[LogitsProcessor], repo_id: str, base_model: st
         imported, loader, given = "hf_logits import load_recipe", "load_recipe", "steering"
     return f"""## Decoding recipe
 
-`{RECIPE_FILE}` describes how to decode with [hf_logits](https://pypi.org/project/hf_logits): it is data, and needs no remote code.
+`{RECIPE_FILE}` describes how to decode with `hf_logits`: it is data, and needs no remote code.
 
 ```python
 from transformers import pipeline
