@@ -12,15 +12,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_logits.auxiliary import AuxiliaryLM, Context
     from hf_logits.processing import ResettingLogitsProcessorList
+    from hf_logits.recipe import load_recipe, save_recipe
+    from hf_logits.recipe_format import RecipeError
+    from hf_logits.sharing import pipeline, push_recipe
 
 __version__ = "0.1.0"
 
-__all__ = ["AuxiliaryLM", "Context", "ResettingLogitsProcessorList"]
+__all__ = [
+    "AuxiliaryLM",
+    "Context",
+    "RecipeError",
+    "ResettingLogitsProcessorList",
+    "load_recipe",
+    "pipeline",
+    "push_recipe",
+    "save_recipe",
+]
 
 _HOMES = {
     "AuxiliaryLM": "hf_logits.auxiliary",
     "Context": "hf_logits.auxiliary",
+    "RecipeError": "hf_logits.recipe_format",
     "ResettingLogitsProcessorList": "hf_logits.processing",
+    "load_recipe": "hf_logits.recipe",
+    "pipeline": "hf_logits.sharing",
+    "push_recipe": "hf_logits.sharing",
+    "save_recipe": "hf_logits.recipe",
 }
 
 

@@ -21,6 +21,7 @@ from hf_logits.auxiliary import AuxiliaryLM, Context, tracker_for
 from hf_logits.logits import keep, kl_divergence, log_probs
 from hf_logits.prefix import PrefixHistory, Step
 from hf_logits.prompts import as_rewrite, check_same_tokenizer
+from hf_logits.recipe import SharedAsRecipe
 
 
 Model = PreTrainedModel | PeftModel
@@ -44,7 +45,7 @@ class Stats:
     trace: dict[str, Tensor] = field(default_factory=dict)
 
 
-class AuxiliaryLogitsProcessor(LogitsProcessor):
+class AuxiliaryLogitsProcessor(SharedAsRecipe, LogitsProcessor):
     """Base of the processors that mix the logits of auxiliary models into those of the generating model.
 
     Whatever the subclass does, the result is normalised (beam search adds it up), banned tokens stay banned, the given tensors
@@ -80,6 +81,7 @@ class AuxiliaryLogitsProcessor(LogitsProcessor):
             check_same_tokenizer(tokenizer, auxiliary_tokenizer)
         if pad_token_id is None and tokenizer is not None:
             pad_token_id = tokenizer.pad_token_id
+        self.tokenizer, self.pad_token_id = tokenizer, pad_token_id
         groups: dict[Any, list[int]] = {}
         for index, (model, context) in enumerate(terms):
             alone = context.items and not model.config.is_encoder_decoder

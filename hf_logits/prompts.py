@@ -140,6 +140,24 @@ def _by_content(prompts: Mapping[Any, Any], tokenizer: PreTrainedTokenizerBase |
     return rewrite
 
 
+def last_token(prompt: Tensor) -> Tensor:
+    """The prompt that is the main one's last token: an unconditional branch, for want of a better beginning."""
+    return prompt[-1:]
+
+
+def as_data(prompt: Any, tokenizer: PreTrainedTokenizerBase | None = None, *, what: str = "prompt") -> Any:
+    """The same prompt without text: ids, lists of ids, or a mapping from ids to ids. Functions stay what they are."""
+    if prompt is None or callable(prompt) or (isinstance(prompt, Mapping) and "input_ids" in prompt):
+        return dict(prompt) if isinstance(prompt, Mapping) else prompt
+    if isinstance(prompt, Mapping):
+        return {tuple(_ids(k, tokenizer, what)): _ids(v, tokenizer, what) for k, v in prompt.items()}
+    if isinstance(prompt, Tensor):
+        return prompt.tolist()
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and not all(isinstance(i, int) for i in prompt):
+        return [_ids(item, tokenizer, what) for item in prompt]
+    return _ids(prompt, tokenizer, what)
+
+
 def check_same_tokenizer(main: PreTrainedTokenizerBase, auxiliary: PreTrainedTokenizerBase) -> None:
     """Raise a `ValueError` that names the first differing token unless both tokenizers map the same tokens to the same ids.
 

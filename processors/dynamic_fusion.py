@@ -167,6 +167,7 @@ class DynamicFusionLogitsProcessor(AuxiliaryLogitsProcessor):
             raise ValueError(f"combine='joint' searches a grid to the power of {len(listed)}: use 'single' above 3.")
         check_number("max_weight", max_weight, minimum=0.0, above=True)
         check_number("step", step, minimum=0.0, maximum=max_weight, above=True)
+        check_number("max_weight / step", max_weight / step, maximum=10_000.0)
         self.small_model, self.experts, self.solver, self._combine = small_model, experts, solver, combine
         self.weight = None if weight is None else check_per_row("weight", weight, minimum=0.0)
         self.max_weight, self.step = max_weight, step

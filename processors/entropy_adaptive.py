@@ -114,7 +114,7 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
         pad_token_id: int | None = None,
         encoder_inputs: dict[str, Tensor] | None = None,
     ):
-        self.large_model = large_model
+        self.large_model, self.eos_token_id = large_model, eos_token_id
         self.threshold = check_per_row("threshold", threshold, infinite=True)
         check_count("window", window, minimum=1)
         check_count("min_stay", min_stay, minimum=0)

@@ -15,7 +15,7 @@ from hf_logits.checks import check_number, check_per_row
 from hf_logits.logits import keep, row_column
 from hf_logits.prefix import Step
 from hf_logits.processing import AuxiliaryLogitsProcessor, Model
-from hf_logits.prompts import Rewrite, as_rewrite, check_known, tokenize
+from hf_logits.prompts import Rewrite, as_data, as_rewrite, check_known, tokenize
 
 
 logger = logging.get_logger(__name__)
@@ -152,6 +152,12 @@ class GeDiLogitsProcessor(AuxiliaryLogitsProcessor):
             pad_token_id=pad_token_id,
             score_tokens=True,
         )
+
+    def saved_arguments(self) -> dict[str, Any]:
+        bias = {_first_token(code, self.tokenizer): value for code, value in self.bias.items()}
+        secondary = as_data(self.secondary_code, self.tokenizer, what="secondary_code")
+        codes = {"desired": self.codes[0], "undesired": self.codes[1:]}
+        return super().saved_arguments() | codes | {"bias": bias, "secondary_code": secondary}
 
     def _with_code(self, code: int) -> Rewrite:
         def rewrite(main: list[int], row: int, rows: int) -> list[int]:

@@ -6,9 +6,10 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from hf_logits.checks import check_number
+from hf_logits.recipe import SharedAsRecipe
 
 
-class GeDiRepetitionPenaltyLogitsProcessor(LogitsProcessor):
+class GeDiRepetitionPenaltyLogitsProcessor(SharedAsRecipe, LogitsProcessor):
     """The repetition penalty of the published GeDi code: scores are made positive first, then divided.
 
     Goes behind [`~hf_logits.processors.GeDiLogitsProcessor`] in the list. It does not return log-probabilities, so it is for greedy search and
@@ -31,3 +32,6 @@ class GeDiRepetitionPenaltyLogitsProcessor(LogitsProcessor):
         seen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, input_ids, True)
         # What lies below zero even so would gain from being divided.
         return torch.where(seen, torch.where(lifted > 0, lifted / self.penalty, lifted * self.penalty), lifted)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(penalty={self.penalty}, scale={self.scale})"

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_logits.checks import check_per_row
 from hf_logits.logits import difference, keep, plausible, row_column
 from hf_logits.processing import AuxiliaryLogitsProcessor, Model, prompt_context
+from hf_logits.prompts import as_data
 
 
 def leading_query_contrast(
@@ -87,6 +88,9 @@ class LQCDLogitsProcessor(AuxiliaryLogitsProcessor):
             auxiliary_tokenizer=auxiliary_tokenizer,
             pad_token_id=pad_token_id,
         )
+
+    def saved_arguments(self) -> dict[str, Any]:
+        return super().saved_arguments() | {"other_prompt": as_data(self.other_prompt, self.tokenizer)}
 
     def combine(self, log_probs: Float[Tensor, "R V"], *auxiliary: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
         other = auxiliary[0] if auxiliary else log_probs

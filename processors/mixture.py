@@ -11,6 +11,7 @@ from hf_logits.auxiliary import Context
 from hf_logits.checks import check_count, check_number, check_per_row
 from hf_logits.logits import keep, plausible, row_column, top_p
 from hf_logits.processing import AuxiliaryLogitsProcessor, Model, prompt_context
+from hf_logits.prompts import as_data, last_token
 
 
 def mixture(
@@ -125,6 +126,10 @@ class MixtureLogitsProcessor(AuxiliaryLogitsProcessor):
             scores = keep(scores, plausible(log_probs, beta, min_tokens_to_keep=self.min_tokens_to_keep))
         return scores
 
+    def saved_arguments(self) -> dict[str, Any]:
+        terms = [term._replace(prompt=as_data(term.prompt, self.tokenizer)) for term in self.terms]
+        return super().saved_arguments() | {"terms": terms}
+
     @classmethod
     def cfg(
         cls, model: Model, negative_prompt: Any = None, *, scale: float | Tensor, **kwargs: Any
@@ -135,7 +140,7 @@ class MixtureLogitsProcessor(AuxiliaryLogitsProcessor):
         begins with the prompt's last token, as in transformers. `scale=1` is the plain model. `kwargs` go to the class.
         """
         scale = check_per_row("scale", scale)
-        prompt = _last_token if negative_prompt is None and not model.config.is_encoder_decoder else negative_prompt
+        prompt = last_token if negative_prompt is None and not model.config.is_encoder_decoder else negative_prompt
         return cls([MixtureTerm(model, 1 - scale, prompt)], main_weight=scale, **kwargs)
 
     @classmethod
@@ -202,7 +207,7 @@ class MixtureLogitsProcessor(AuxiliaryLogitsProcessor):
         (https://huggingface.co/papers/2309.09117): `(1 + strength) * main - strength * amateur`. With `ignore_prompt` the amateur
         sees the prompt's last token only, as in the published code.
         """
-        prompt = _last_token if ignore_prompt else None
+        prompt = last_token if ignore_prompt else None
         if strength is None:
             weight = check_per_row("weight", weight, minimum=0.0)
             terms = [MixtureTerm(amateur, -weight, prompt, None, amateur_temperature)]
@@ -210,7 +215,3 @@ class MixtureLogitsProcessor(AuxiliaryLogitsProcessor):
         strength = check_per_row("strength", strength, minimum=0.0)
         terms = [MixtureTerm(amateur, -strength, prompt, None, amateur_temperature)]
         return cls(terms, main_weight=1 + strength, plausibility=plausibility, **kwargs)
-
-
-def _last_token(prompt: Tensor) -> Tensor:
-    return prompt[-1:]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -132,6 +132,10 @@ class RefusalTokenLogitsProcessor(AuxiliaryLogitsProcessor):
         number = check_per_row(name, value, minimum=low)
         columns = len(self._categories)
         return number[:, None].expand(-1, columns) if isinstance(number, Tensor) else torch.full((columns,), number)
+
+    def saved_arguments(self) -> dict[str, Any]:
+        refuse = self._categories if isinstance(self.refuse, Mapping) else self._categories["refuse"]
+        return super().saved_arguments() | {"refuse": refuse, "respond": self._respond}
 
     def steer(self, step: Step, log_probs: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
         categories = torch.tensor(list(self._categories.values()), device=log_probs.device)

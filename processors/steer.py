@@ -12,7 +12,7 @@ from hf_logits.auxiliary import BASE, Context
 from hf_logits.checks import check_count, check_number, check_per_row
 from hf_logits.logits import difference, keep, plausible, row_column
 from hf_logits.processing import AuxiliaryLogitsProcessor, Model
-from hf_logits.prompts import as_rewrite
+from hf_logits.prompts import as_data, as_rewrite
 
 
 def steer(
@@ -129,6 +129,10 @@ class SteerLogitsProcessor(AuxiliaryLogitsProcessor):
             pad_token_id=pad_token_id,
             encoder_inputs=encoder_inputs,
         )
+
+    def saved_arguments(self) -> dict[str, Any]:
+        negatives = as_data(_joined(self.negatives), self.tokenizer, what="negatives")
+        return super().saved_arguments() | {"negatives": negatives}
 
     def combine(self, log_probs: Float[Tensor, "R V"], *auxiliary: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
         rows = log_probs.shape[0]
