@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -114,7 +114,7 @@ class AuxiliaryLM:
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model; put into eval mode. It may be the generating model itself.
+            The model, read in eval mode whatever mode it is in. It may be the generating model itself.
         contexts (`Sequence[Context]`, *optional*):
             How it reads the generation. Defaults to one context, the main ids themselves.
         pad_token_id (`int`, *optional*):
@@ -141,7 +141,7 @@ class AuxiliaryLM:
         score_tokens: bool = False,
         prefill_chunk: int = 1024,
     ):
-        self.model = model.eval()
+        self.model = model
         self.contexts = self._given_contexts = tuple(contexts) if contexts is not None else (Context(),)
         self.score_tokens = score_tokens
         self.prefill_chunk = prefill_chunk
@@ -167,6 +167,18 @@ class AuxiliaryLM:
             for module in self._base.modules()
             if module is not self._base.get_input_embeddings()
         )
+        # RoBERTa counts from behind the embedding of its padding.
+        self._first_position = next(
+            (
+                module.padding_idx + 1
+                for name, module in self._base.named_modules()
+                if name.endswith("position_embeddings")
+                and isinstance(module, nn.Embedding)
+                and module.padding_idx is not None
+            ),
+            0,
+        )
+        self._padding_is_right = self._takes_positions and self._croppable
         self._mrope = next((m for m in self._base.modules() if "rope_deltas" in vars(m)), None)
         self.vocab_size: int = text_config.vocab_size
         self.tracker = tracker_for(model, pad_token_id)
@@ -177,6 +189,7 @@ class AuxiliaryLM:
         self._state: _State | None = None
         self._prompts: tuple[Tensor, Tensor] | None = None
         self._encoded: tuple[Tensor, Tensor] | None = None
+        self._seen: Any = None
         self._scores: Tensor | None = None
         self._lengths: Tensor | None = None
         self._vocab = self.vocab_size
@@ -211,6 +224,8 @@ class AuxiliaryLM:
             device of `input_ids`.
         """
         step = self.tracker.observe(input_ids) if step is None else step
+        if step.is_new and (fingerprint := self._fingerprint()) != self._seen:
+            self._state, self._seen = None, fingerprint
         shared = self.vocab_size if vocab_size is None else min(self.vocab_size, vocab_size)
         if shared != self._vocab:
             self._state, self._vocab = None, shared
@@ -273,6 +288,8 @@ class AuxiliaryLM:
         # Contexts differ in length: the shorter ones are padded on the left, and from there all grow together.
         width = max(len(key) for key in keys)
         self._padded = any(len(key) < width for key in keys)
+        if self._padded and not self._padding_is_right and not self._encoder_decoder:
+            self._check_padding(min(keys, key=len), width)
         return torch.tensor([key[:_HEAD] + [_PADDING] * (width - len(key)) + key[_HEAD:] for key in keys])
 
     # --- reading: from the cache where it has the answer, from the model where not -------------------------------------
@@ -396,11 +413,11 @@ class AuxiliaryLM:
             extra["attention_mask"] = seen.long()
         typed = self._mrope is not None and inputs is not None and "mm_token_type_ids" in inputs
         if self._takes_positions and not typed:  # with token types the model works out an image's positions itself
-            positions = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, begin:]
+            positions = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, begin:] + self._first_position
             if state.offsets is not None:
                 positions = (positions + state.offsets)[None].expand(3, -1, -1)  # time, height, width
             extra["position_ids"] = positions
-        with self._own_rope_deltas(), self._adapter_scope():
+        with self._own_rope_deltas(), self._reading():
             prepared = self._base.prepare_inputs_for_generation(
                 keys[:, _HEAD : _HEAD + end].clamp(min=0),
                 next_sequence_length=end - begin,
@@ -442,7 +459,8 @@ class AuxiliaryLM:
         if state.token_log_probs is not None:
             scores = state.token_log_probs[:, :length]
             self._scores = scores if rows is None else scores[rows]
-        return state.log_probs[length] if rows is None else state.log_probs[length][rows]
+        log_probs = state.log_probs[length]
+        return log_probs.clone() if rows is None else log_probs[rows]  # the caller's own, either way
 
     # --- the model's surroundings --------------------------------------------------------------------------------------
 
@@ -458,7 +476,7 @@ class AuxiliaryLM:
                 )
             ids = torch.as_tensor(context.inputs["input_ids"]).to(device)
             mask = torch.as_tensor(context.inputs.get("attention_mask", torch.ones_like(ids))).to(device)
-            with self._adapter_scope():
+            with self._reading():
                 encoder = self._base.get_encoder()
                 states.append(encoder(input_ids=ids, attention_mask=mask).last_hidden_state)
             masks.append(mask)
@@ -478,16 +496,36 @@ class AuxiliaryLM:
             if self._mrope is not None:
                 self._mrope.rope_deltas = saved
 
-    def _adapter_scope(self) -> contextlib.AbstractContextManager[Any]:
-        if self._adapters == [BASE] and isinstance(self.model, PeftModel):
-            return self.model.disable_adapter()
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """The model in eval mode, and without its adapters where that is asked for; afterwards as it was."""
+        training = [module for module in self.model.modules() if module.training] if self.model.training else []
+        base = self._adapters == [BASE] and isinstance(self.model, PeftModel)
+        try:
+            for module in training:
+                module.training = False
+            with cast(PeftModel, self.model).disable_adapter() if base else contextlib.nullcontext():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _fingerprint(self) -> tuple[Any, ...]:
+        """What a state depends on besides its ids: weights that were trained, moved or exchanged make it stale."""
+        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in self.model.parameters())
+        adapters = tuple(self.model.active_adapters) if isinstance(self.model, PeftModel) else ()
+        return weights, adapters, self._base.dtype, self._base.device, torch.is_inference_mode_enabled()
 
     def _adapter_names(self, keys: Tensor) -> dict[str, list[str]]:
         """One adapter name a row, where rows differ: one forward then serves the base and all its adapters."""
         if self._adapters in ([None], [BASE]):
             return {}
         assert isinstance(self.model, PeftModel)
+        if None in self._adapters and len(self.model.active_adapters) > 1:
+            raise ValueError(
+                f"The adapters {self.model.active_adapters} are active at once, which one forward cannot read beside others: merge them "
+                "with add_weighted_adapter(), or name one."
+            )
         names = [self.model.active_adapter if name is None else name for name in self._adapters]
         return {"adapter_names": [names[i] for i in keys[:, 0].tolist()]}
 
@@ -496,6 +534,10 @@ class AuxiliaryLM:
     def _check_contexts(self) -> None:
         if not self.contexts:
             raise ValueError("AuxiliaryLM needs at least one Context.")
+        if not all(context.prompt is None or callable(context.prompt) for context in self.contexts):
+            raise TypeError(
+                "A Context's prompt is a function: make one of text or ids with hf_logits.prompts.as_rewrite()."
+            )
         named = {name for name in self._adapters if name is not None}
         if named and not isinstance(self.model, PeftModel):
             raise ValueError(
@@ -511,6 +553,11 @@ class AuxiliaryLM:
                 raise ValueError(
                     "Prompt-learning adapters (prompt, prefix or p-tuning) carry a cache of their own: as an auxiliary model use a LoRA "
                     "adapter, or merge_and_unload()."
+                )
+            if self._adapters not in ([None], [BASE]) and not mixes_adapters(self.model):
+                raise ValueError(
+                    "Only plain LoRA adapters that are not merged can be read beside each other or while inactive. Build one AuxiliaryLM for "
+                    "the base and one for the active adapter, or merge_and_unload()."
                 )
             if self._encoder_decoder and len(self._adapters) > 1:
                 raise ValueError(
@@ -543,6 +590,24 @@ class AuxiliaryLM:
             )
         self._check_ids(max(max(key[_HEAD:], default=0) for key in keys))
 
+    def _check_padding(self, key: list[int], width: int) -> None:
+        """Some models cannot be told where a padded row begins: compare one with itself unpadded, once."""
+        ids = torch.tensor([key[_HEAD:]], device=self._base.device)
+        pads = width - len(key)
+        padded = nn.functional.pad(ids, (pads, 0))
+        mask = nn.functional.pad(torch.ones_like(ids), (pads, 0))
+        with self._reading():
+            alone, beside = (
+                self.model(input_ids=i, attention_mask=m, use_cache=False).logits[0, -1].float().softmax(-1)
+                for i, m in ((ids, torch.ones_like(ids)), (padded, mask))
+            )
+        if float((alone - beside).abs().sum()) > 0.02:
+            raise ValueError(
+                f"{type(self._base).__name__} cannot read prompts of unequal length in one batch (its positions do not follow the attention "
+                "mask): generate for one prompt at a time, with contexts of one length, or use another auxiliary model."
+            )
+        self._padding_is_right = True
+
     def _check_ids(self, highest: int) -> None:
         if highest >= self.vocab_size:
             raise ValueError(
@@ -561,6 +626,13 @@ class AuxiliaryLM:
         logger.warning_once(
             f"An auxiliary {name} reads beyond its max_position_embeddings ({self._window}): expect worse guidance."
         )
+
+
+def mixes_adapters(model: PeftModel) -> bool:
+    """Whether one forward can read rows under different adapters: PEFT can for plain LoRA, and silently can't for others."""
+    configs = model.peft_config.values()
+    plain = all(config.peft_type == PeftType.LORA and not getattr(config, "use_dora", False) for config in configs)
+    return plain and not any(getattr(module, "merged", False) for module in model.modules())
 
 
 def tracker_for(model: PreTrainedModel | PeftModel | None, pad_token_id: int | None) -> PromptTracker:

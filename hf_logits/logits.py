@@ -20,7 +20,13 @@ def log_probs(scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
     """
     banned = scores <= torch.finfo(scores.dtype).min
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    return scores.masked_fill(banned, -math.inf).log_softmax(-1)
+    return normalise(scores.masked_fill(banned, -math.inf))
+
+
+def normalise(scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+    """`log_softmax`, except that a row in which everything is banned stays as it is (instead of NaN)."""
+    dead = scores.isneginf().all(-1, keepdim=True)
+    return scores.log_softmax(-1).masked_fill(dead, -math.inf)
 
 
 def entropy(log_probs: Float[Tensor, "*R V"]) -> Float[Tensor, "*R"]:

@@ -67,8 +67,7 @@ class PromptTracker:
         pad_token_id (`int`, *optional*):
             Its leading run in a prompt row is left padding.
         begins_text (`bool`, *optional*, defaults to `False`):
-            Whether the padding token also begins texts (GPT-2). Then at least one row of the batch is taken to be unpadded,
-            and as many leading pads as the shortest run are text.
+            Whether the padding token also begins texts (GPT-2). Then, if every row begins with it, one of them is text.
     """
 
     def __init__(self, pad_token_id: int | None = None, *, begins_text: bool = False):
@@ -137,7 +136,7 @@ class PromptTracker:
         pads[:, -1] = 0  # a row has at least one token
         run = pads.sum(-1, keepdim=True)
         if self.begins_text:
-            run = run - run.min()
+            run = run - run.min().clamp(max=1)
         return torch.arange(length, device=prompts.device) >= run
 
 

@@ -17,8 +17,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_logits.auxiliary import AuxiliaryLM, Context, tracker_for
-from hf_logits.logits import keep, kl_divergence, log_probs
+from hf_logits.auxiliary import AuxiliaryLM, Context, mixes_adapters, tracker_for
+from hf_logits.logits import keep, kl_divergence, log_probs, normalise
 from hf_logits.prefix import PrefixHistory, Step
 from hf_logits.prompts import as_rewrite, check_same_tokenizer
 from hf_logits.recipe import SharedAsRecipe
@@ -85,7 +85,9 @@ class AuxiliaryLogitsProcessor(SharedAsRecipe, LogitsProcessor):
         groups: dict[Any, list[int]] = {}
         for index, (model, context) in enumerate(terms):
             alone = context.items and not model.config.is_encoder_decoder
-            groups.setdefault((id(model), index if alone else None), []).append(index)
+            # One forward can tell rows of different adapters apart only for LoRA.
+            apart = context.adapter if isinstance(model, PeftModel) and not mixes_adapters(model) else None
+            groups.setdefault((id(model), index if alone else None, apart), []).append(index)
         self._places = list(groups.values())
         self.engines = [
             AuxiliaryLM(
@@ -146,7 +148,7 @@ class AuxiliaryLogitsProcessor(SharedAsRecipe, LogitsProcessor):
         shared = min([plain.shape[-1], *(values.shape[-1] for values in auxiliary)])
         head = plain[:, :shared]
         if shared == plain.shape[-1]:
-            return keep(formula(head, *auxiliary), ~head.isneginf()).log_softmax(-1)
+            return normalise(keep(formula(head, *auxiliary), ~head.isneginf()))
         # The shared ids hold a fixed part of the probability: the formula only redistributes it.
         mass = head.logsumexp(-1, keepdim=True)
         alive = ~mass.isneginf()
@@ -229,6 +231,8 @@ def _short(value: Any) -> str:
         return f"<{type(value).__name__} {value.config.name_or_path}>".replace(" >", ">")
     if isinstance(value, Tensor):
         return f"tensor({value.tolist()})" if value.numel() <= 8 else f"<tensor {tuple(value.shape)}>"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_short(item) for item in value[:8])}{', ...' if len(value) > 8 else ''}]"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

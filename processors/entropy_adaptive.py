@@ -95,7 +95,7 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
         tokenizer, auxiliary_tokenizer, pad_token_id, encoder_inputs:
             See [`~hf_logits.processing.AuxiliaryLogitsProcessor`].
 
-    The trace has `entropy` (bits, of the model at work), `large` (1 where it chose, NaN behind the end of a row) and `stay`.
+    The trace has `entropy` (bits, of the model at work), `large` (1 where it chose, NaN behind the end of a row), `next_large` and `stay`.
     """
 
     def __init__(

@@ -81,6 +81,8 @@ class MixtureLogitsProcessor(AuxiliaryLogitsProcessor):
         pad_token_id: int | None = None,
         encoder_inputs: Any = None,
     ):
+        if isinstance(terms, MixtureTerm):
+            raise TypeError("terms must be a list of MixtureTerm, got one alone: put it into a list.")
         self.terms = [MixtureTerm(*term) for term in terms]
         self.main_weight = check_per_row("main_weight", main_weight)
         for term in self.terms:

@@ -5,12 +5,23 @@ Everything is held against a recomputation from scratch; what it costs is held a
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import LogitsProcessor, RwkvConfig, RwkvForCausalLM, XLNetConfig, XLNetLMHeadModel
+from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    LogitsProcessor,
+    RobertaConfig,
+    RobertaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 import tiny
 from hf_logits.auxiliary import BASE, AuxiliaryLM, Context
 from hf_logits.prefix import PromptTracker
+from hf_logits.processors import SteerLogitsProcessor
 
 
 OTHER, CODE = [9, 4, 4, 7], [5, 6, 7]
@@ -558,3 +569,103 @@ def test_generation_from_embeddings_alone():
     assert [len(rows[0]) for rows, _ in asking.calls] == [0, 1, 2, 3]
     for rows, found in asking.calls:
         close(found, tiny.recomputed(model, [OTHER + row for row in rows]))
+
+
+# --- the model itself changes, or is one that needs care -------------------------------------------------------------------
+
+
+def roberta(seed: int = 0) -> RobertaForCausalLM:
+    """Counts positions from behind the embedding of its padding."""
+    config = RobertaConfig(
+        vocab_size=tiny.VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=1,
+        is_decoder=True,
+    )
+    return tiny.spread(RobertaForCausalLM(config), seed)
+
+
+def bart(seed: int = 0) -> BartForCausalLM:
+    """Counts positions without regard to the attention mask."""
+    config = BartConfig(
+        vocab_size=tiny.VOCAB,
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        pad_token_id=tiny.PAD,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    )
+    return tiny.spread(BartForCausalLM(config), seed)
+
+
+def test_positions_that_begin_behind_the_padding():
+    model, ids = roberta(), torch.tensor([[1, 1, 7, 8, 9], [4, 5, 6, 7, 8]])
+    engine = AuxiliaryLM(model, pad_token_id=1)
+    for rows in ([[7, 8, 9], [4, 5, 6, 7, 8]], [[7, 8, 9, 5], [4, 5, 6, 7, 8, 6]]):
+        torch.testing.assert_close(engine(ids)[0], tiny.recomputed(model, rows), atol=1e-5, rtol=0)
+        ids = torch.cat([ids, torch.tensor([[5], [6]])], dim=1)
+
+
+def test_a_model_that_cannot_be_padded_is_refused_only_where_it_would_be():
+    model, ids = bart(), torch.tensor([[4, 5, 6, 7], [8, 9, 10, 11]])
+    torch.testing.assert_close(AuxiliaryLM(model)(ids)[0], tiny.recomputed(model, ids.tolist()), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="cannot read prompts of unequal length.*one prompt at a time"):
+        AuxiliaryLM(model, [Context(), Context(lambda main, row, rows: [5, 6])])(ids)
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype"])
+def test_a_model_that_has_changed_is_read_anew(change):
+    model, ids = tiny.llama(), torch.tensor([[4, 5, 6, 7]])
+    engine = AuxiliaryLM(model)
+    engine(ids)
+    with torch.no_grad():
+        if change == "weights":
+            model.model.layers[0].mlp.up_proj.weight.mul_(-1)  # as an optimizer does it
+        else:
+            model.to(torch.float64)
+    torch.testing.assert_close(engine(ids)[0], tiny.recomputed(model, ids.tolist()), atol=1e-5, rtol=0)
+
+
+def test_a_model_in_training_is_read_in_eval_mode_and_left_in_training():
+    judge = tiny.gpt2()
+    model = tiny.gpt2(resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5).train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    ids = torch.tensor([[4, 5, 6, 7]])
+    torch.testing.assert_close(AuxiliaryLM(model)(ids)[0], tiny.recomputed(judge, ids.tolist()), atol=1e-5, rtol=0)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_what_is_returned_belongs_to_the_caller():
+    engine, ids = AuxiliaryLM(tiny.llama()), torch.tensor([[4, 5, 6, 7]])
+    first = engine(ids)
+    kept = first.clone()
+    first.fill_(0.0)
+    assert torch.equal(engine(ids), kept)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in get_peft_model
+def test_adapters_that_peft_cannot_mix_are_kept_apart():
+    """LoHa layers take no adapter names and would silently give the tuned model for the base."""
+    model = get_peft_model(
+        tiny.llama(), LoHaConfig(r=4, target_modules=["q_proj", "v_proj"], init_weights=False)
+    ).eval()
+    ids = torch.tensor([[4, 5, 6, 7]])
+    with pytest.raises(ValueError, match="Only plain LoRA.*Build one AuxiliaryLM"):
+        AuxiliaryLM(model, [Context(adapter=BASE), Context()])
+    with model.disable_adapter():
+        base = tiny.recomputed(model, ids.tolist())
+    tuned = tiny.recomputed(model, ids.tolist())
+    assert (base - tuned).abs().max() > 0.05
+    processor = SteerLogitsProcessor(model=model, negatives=[9, 10])
+    scores = torch.zeros(1, tiny.VOCAB)
+    processor(ids, scores)
+    step = processor.tracker.observe(ids)
+    torch.testing.assert_close(processor.auxiliary_log_probs(step, tiny.VOCAB)[0], base, atol=1e-5, rtol=0)

@@ -198,3 +198,9 @@ def test_a_wrong_number_of_values_is_an_error():
         ValueError, match="3 per-row values, but generation runs 4 rows: pass one number, or one value"
     ):
         row_column(torch.ones(3), 4, torch.zeros(1))
+
+
+def test_a_row_without_a_live_token_stays_banned():
+    scores = torch.tensor([[-math.inf, -math.inf], [0.0, 0.0]])
+    assert torch.equal(log_probs(scores)[0], scores[0])
+    torch.testing.assert_close(log_probs(scores)[1], torch.tensor([0.5, 0.5]).log())

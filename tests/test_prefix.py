@@ -240,3 +240,12 @@ def test_history_of_one_who_joined_late():
     step = Step(ids([5, 6, 7]), 1, torch.ones(1, 1, dtype=torch.bool), False, None)
     history.append(step, torch.tensor([4.0]))
     assert history.values.shape == (1, 3) and history.values[0, -1] == 4 and history.values[0, :2].isnan().all()
+
+
+@pytest.mark.parametrize("lengths", [[3], [3, 4]])
+def test_where_every_row_is_padded_with_a_beginning_one_of_the_pads_is_text(lengths):
+    """As `pad_to_multiple_of` does it with a tokenizer like GPT-2's."""
+    width = 6
+    rows = [[2] * (width - n) + [5] * n for n in lengths]
+    mask = PromptTracker(2, begins_text=True).observe(torch.tensor(rows)).prompt_mask
+    assert mask.sum(-1).tolist() == [n + 1 for n in lengths]
