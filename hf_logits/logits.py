@@ -84,9 +84,14 @@ def row_column(value: float | Tensor, rows: int, like: Tensor) -> float | Tensor
     """
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value if not isinstance(value, Tensor) else value.item()
-    if rows % value.shape[0]:
+    return repeat_items(value.to(like), rows)[:, None]
+
+
+def repeat_items(values: Float[Tensor, "B ..."], rows: int) -> Float[Tensor, "R ..."]:
+    """What was given for each item of the batch, for each of `rows` rows."""
+    if rows % values.shape[0]:
         raise ValueError(
-            f"A hyper-parameter was given as {value.shape[0]} per-row values, but generation runs {rows} rows: pass one number, or "
+            f"A hyper-parameter was given as {values.shape[0]} per-row values, but generation runs {rows} rows: pass one number, or "
             f"one value for each prompt of the batch."
         )
-    return value.to(like).repeat_interleave(rows // value.shape[0])[:, None]
+    return values.repeat_interleave(rows // values.shape[0], 0)

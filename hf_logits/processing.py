@@ -151,10 +151,9 @@ class AuxiliaryLogitsProcessor(SharedAsRecipe, LogitsProcessor):
             return normalise(keep(formula(head, *auxiliary), ~head.isneginf()))
         # The shared ids hold a fixed part of the probability: the formula only redistributes it.
         mass = head.logsumexp(-1, keepdim=True)
-        alive = ~mass.isneginf()
-        mixed = keep(formula(head - mass.masked_fill(~alive, 0.0), *auxiliary), ~head.isneginf())
-        mixed = torch.where(alive, mixed.log_softmax(-1) + mass, head)
-        return torch.cat([mixed, plain[:, shared:]], dim=-1)
+        conditional = head - mass.masked_fill(mass.isneginf(), 0.0)
+        mixed = keep(formula(conditional, *auxiliary), ~head.isneginf())
+        return torch.cat([normalise(mixed) + mass, plain[:, shared:]], dim=-1)
 
     def record(self, step: Step, **values: Float[Tensor, " R"]) -> None:
         """Put values, one a row, into the trace."""

@@ -4,7 +4,7 @@ A recipe is a file, `logits_processor.json`, that names methods, their hyper-par
 little belongs to it beside it: tensors, adapters, small models, as safetensors. It lies alone in a repository or next to the
 weights of the model that it steers.
 
-A recipe is data from strangers. Methods come from the table in this file, never from a name in the recipe. Nothing is
+A recipe is data from strangers. Methods come from a closed table, never from a name in the recipe. Nothing is
 unpickled, no code of a repository is run, paths can't leave the recipe's folder, sizes are bounded, and every fault is a
 [`RecipeError`] that names the file, the key and the fix.
 """
@@ -37,6 +37,7 @@ from hf_logits.recipe_format import (
     ADAPTERS,
     COMMIT,
     FOLDER,
+    METHOD_OF,
     METHODS,
     RECIPE_FILE,
     RUNTIME,
@@ -152,7 +153,7 @@ class _Encoder:
         self._known: list[Any] = []
 
     def processor(self, processor: LogitsProcessor) -> dict[str, Any]:
-        method = {name: method for method, name in METHODS.items()}.get(type(processor).__name__)
+        method = METHOD_OF.get(type(processor).__name__)
         if method is None or not isinstance(processor, SharedAsRecipe):
             raise RecipeError(f"{type(processor).__name__} is no method of hf_logits ({sorted(METHODS.values())}).")
         arguments = {name: self.value(name, value) for name, value in processor.saved_arguments().items()}

@@ -24,6 +24,7 @@ METHODS = {
     "steer": "SteerLogitsProcessor",
 }
 """The only names that a recipe can turn into code."""
+METHOD_OF = {name: method for method, name in METHODS.items()}
 
 TASKS: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,

@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from transformers.utils import cached_file
 
 from hf_logits.recipe import load_recipe, origin_of, save_recipe
-from hf_logits.recipe_format import METHODS, RECIPE_FILE, TENSOR_FILE
+from hf_logits.recipe_format import METHOD_OF, RECIPE_FILE, TENSOR_FILE
 
 
 def pipeline(task: str, model: Any = None, *, recipe: str | Path | None = None, **kwargs: Any) -> Any:
@@ -172,10 +172,9 @@ def model_card(
 ) -> str:
     """The text of a model card with a section about the recipe. Whatever else the card says is kept."""
     card = ModelCard(existing if existing.strip() else f"---\n---\n\n# {repo_id}\n", ignore_metadata_errors=True)
-    methods = {cls: method for method, cls in METHODS.items()}
     data = cast(Any, card.data)
     data.tags = list(
-        dict.fromkeys([*(data.tags or []), "hf_logits", *(methods[type(p).__name__] for p in processors)])
+        dict.fromkeys([*(data.tags or []), "hf_logits", *(METHOD_OF[type(p).__name__] for p in processors)])
     )
     if base_model is not None and data.base_model is None:
         data.base_model = base_model

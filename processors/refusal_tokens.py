@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_logits.checks import check_number, check_per_row
+from hf_logits.logits import repeat_items
 from hf_logits.prefix import Step
 from hf_logits.processing import AuxiliaryLogitsProcessor
 from hf_logits.prompts import single_token
@@ -174,10 +175,4 @@ class RefusalTokenLogitsProcessor(AuxiliaryLogitsProcessor):
         if self._values is None:
             return None
         values = self._values.to(like)
-        if values.dim() == 1:
-            return values.expand(rows, -1)
-        if rows % values.shape[0]:
-            raise ValueError(
-                f"{values.shape[0]} per-row values were given, but generation runs {rows} rows: give one for each prompt."
-            )
-        return values.repeat_interleave(rows // values.shape[0], 0)
+        return values.expand(rows, -1) if values.dim() == 1 else repeat_items(values, rows)

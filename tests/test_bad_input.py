@@ -256,7 +256,7 @@ def test_the_wrong_number_of_values(build, name):
 def test_the_wrong_number_of_thresholds(build):
     ids, mask = tiny.prompts()
     processor = build(threshold=torch.tensor([0.5, 0.6, 0.7]))
-    with refused(ValueError, "3 per-row values", "2 rows", "one for each prompt"):
+    with refused(ValueError, "3 per-row values", "2 rows", "one value for each prompt"):
         MODEL.generate(ids, attention_mask=mask, max_new_tokens=1, logits_processor=[processor])
 
 
