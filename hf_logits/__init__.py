@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_logits.auxiliary import AuxiliaryLM, Context
+    from hf_logits.generation import generate
     from hf_logits.processing import ResettingLogitsProcessorList
     from hf_logits.recipe import load_recipe, save_recipe
     from hf_logits.recipe_format import RecipeError
@@ -23,6 +24,7 @@ __all__ = [
     "Context",
     "RecipeError",
     "ResettingLogitsProcessorList",
+    "generate",
     "load_recipe",
     "pipeline",
     "push_recipe",
@@ -34,6 +36,7 @@ _HOMES = {
     "Context": "hf_logits.auxiliary",
     "RecipeError": "hf_logits.recipe_format",
     "ResettingLogitsProcessorList": "hf_logits.processing",
+    "generate": "hf_logits.generation",
     "load_recipe": "hf_logits.recipe",
     "pipeline": "hf_logits.sharing",
     "push_recipe": "hf_logits.sharing",

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
@@ -80,28 +80,47 @@ class _State:
 
     keys: Tensor  # [F, 2 + W]
     cache: Cache
-    log_probs: dict[int, Tensor] = field(default_factory=dict)  # number of ids read -> [F, V], next-token log-probs
+    logits: dict[int, Tensor] = field(default_factory=dict)  # number of ids read -> [F, V], float32, of the next token
     token_log_probs: Tensor | None = None  # [F, W or more]: of every id given those before it
     offsets: Tensor | None = (
         None  # [F, 1]: position minus index, for models that give an image fewer positions than tokens
     )
+    adapters: list[str] | None = None  # the adapter that reads each row, where rows differ
 
     @property
     def length(self) -> int:
         return self.keys.shape[1] - _HEAD
 
+    @property
+    def static(self) -> list[StaticLayer]:
+        """The layers of a static cache; none of another."""
+        return cast(list[StaticLayer], self.cache.layers) if isinstance(self.cache, StaticCache) else []
+
+    @property
+    def room(self) -> int | None:
+        """How many ids a static cache holds."""
+        return self.static[0].max_cache_len if self.static else None
+
     def select(self, rows: Int[Tensor, " F"]) -> None:
         self.keys = self.keys[rows]
-        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
-        self.log_probs = {length: values[rows] for length, values in self.log_probs.items()}
+        for layer in self.static:  # in place, because compiled code knows where they lie
+            layer.keys = cast(Tensor, layer.keys).copy_(cast(Tensor, layer.keys)[rows])
+            layer.values = cast(Tensor, layer.values).copy_(cast(Tensor, layer.values)[rows])
+        if not self.static:
+            self.cache.reorder_cache(rows)  # type: ignore[arg-type]
+        self.logits = {length: values[rows] for length, values in self.logits.items()}
         self.token_log_probs = None if self.token_log_probs is None else self.token_log_probs[rows]
         self.offsets = None if self.offsets is None else self.offsets[rows]
+        self.adapters = None
 
     def crop(self, length: int) -> None:
         if length < self.length:
-            self.cache.crop(length - self.length)
+            for layer in self.static:
+                layer.cumulative_length.sub_(self.length - length)
+            if not self.static:
+                self.cache.crop(length - self.length)
             self.keys = self.keys[:, : _HEAD + length]
-            self.log_probs = {n: values for n, values in self.log_probs.items() if n <= length}
+            self.logits = {n: values for n, values in self.logits.items() if n <= length}
 
 
 class AuxiliaryLM:
@@ -178,10 +197,12 @@ class AuxiliaryLM:
             ),
             0,
         )
-        self._padding_is_right = self._takes_positions and self._croppable
+        self._padding_is_right = self.pads_exactly
+        self._static = layers == {DynamicLayer} and not self._encoder_decoder
         self._mrope = next((m for m in self._base.modules() if "rope_deltas" in vars(m)), None)
         self.vocab_size: int = text_config.vocab_size
         self.tracker = tracker_for(model, pad_token_id)
+        self._reserved: tuple[int, GenerationConfig | None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -190,8 +211,11 @@ class AuxiliaryLM:
         self._prompts: tuple[Tensor, Tensor] | None = None
         self._encoded: tuple[Tensor, Tensor] | None = None
         self._seen: Any = None
+        self._read_ids: Tensor | None = None
+        self._keys: Tensor | None = None
+        self._in_order = False
         self._scores: Tensor | None = None
-        self._lengths: Tensor | None = None
+        self._doubt: Tensor | None = None
         self._vocab = self.vocab_size
         self._padded = False
         self.tracker.reset()
@@ -206,6 +230,26 @@ class AuxiliaryLM:
             for context, own in zip(self._given_contexts, self.contexts, strict=True)
         )
         self.reset()
+
+    @property
+    def pads_exactly(self) -> bool:
+        """Whether rows of unequal length read in one batch what they read alone, and can be taken back to any length."""
+        return self._takes_positions and self._croppable and not self._encoder_decoder
+
+    def reserve(self, new_tokens: int | None, generation_config: GenerationConfig | None = None) -> None:
+        """From the next prompt on, keep the tokens in a static cache with room for `new_tokens` behind the prompt.
+
+        What does not fit is read again into a larger one. Where `generate` would compile the model's single-token forward for
+        `generation_config`, it is compiled here. Layers with a sliding window or a recurrent state, and encoder-decoders, keep
+        their dynamic cache.
+
+        Args:
+            new_tokens (`int`, *optional*): tokens to be generated; `None` goes back to a cache that grows.
+            generation_config ([`~transformers.GenerationConfig`], *optional*): says whether and how to compile.
+        """
+        fixed = self._static and not any(context.items for context in self.contexts)
+        self._reserved = (new_tokens, generation_config) if new_tokens is not None and fixed else None
+        self._state = None
 
     @torch.no_grad()
     def __call__(
@@ -224,16 +268,53 @@ class AuxiliaryLM:
             device of `input_ids`.
         """
         step = self.tracker.observe(input_ids) if step is None else step
-        if step.is_new and (fingerprint := self._fingerprint()) != self._seen:
-            self._state, self._seen = None, fingerprint
         shared = self.vocab_size if vocab_size is None else min(self.vocab_size, vocab_size)
         if shared != self._vocab:
-            self._state, self._vocab = None, shared
-        keys = self._keys(step)
-        if step.position and (vocab_size is None or vocab_size > self.vocab_size):
-            self._check_ids(int(keys[:, -step.position :].max()))
-        log_probs = self._read(keys).to(input_ids.device)
-        return log_probs.view(len(self.contexts), input_ids.shape[0], -1)
+            self._state = self._state if not self.score_tokens else None
+            self._vocab = shared
+        logits = self.read(step, check_ids=vocab_size is None or vocab_size > self.vocab_size)
+        log_probs = logits[..., :shared].log_softmax(-1)
+        self.check_numbers(log_probs, at_once=step.is_new)
+        return log_probs.to(input_ids.device)
+
+    @torch.no_grad()
+    def read(self, step: Step, *, check_ids: bool = True) -> Float[Tensor, "N R V"]:
+        """Logits of the next token as the model gives them, in float32 on its own device. They are the engine's: don't write.
+
+        Args:
+            step ([`~hf_logits.prefix.Step`]): the call's place in the generation, from a tracker or a decode loop.
+            check_ids (`bool`, *optional*, defaults to `True`): whether ids may be generated that the model does not embed.
+        """
+        if step.is_new and (fingerprint := self._fingerprint()) != self._seen:
+            self._state, self._seen = None, fingerprint
+        state = self._state
+        if (
+            state is not None
+            and step.continues is not None
+            and step.continues is self._read_ids
+            and state.keys.device == self._base.device
+        ):
+            new = step.input_ids[:, -1:].to(state.keys.device).repeat(len(self.contexts), 1)
+            keys = torch.cat([state.keys, new], dim=1)
+            changed = 1
+        else:
+            state, keys, changed = None, self._ask(step), step.position
+        if changed and check_ids:
+            self._check_ids(int(keys[:, -changed:].max()))
+        length = keys.shape[1] - _HEAD
+        if self._window is not None and length > self._window:
+            self._leave_window()
+        self._read_ids, self._keys = None, keys
+        if state is not None and (state.room is None or length <= state.room):
+            self._state = None  # a forward that fails must not leave a half-moved state behind
+            self._feed(state, keys)
+            self._state = state
+            logits = self._result(state, length)
+        else:
+            state = None  # frees the old cache where a new one grows
+            logits = self._find(keys)
+        self._read_ids = step.input_ids if self._in_order else None
+        return logits.view(len(self.contexts), step.input_ids.shape[0], -1)
 
     @property
     def token_log_probs(self) -> Float[Tensor, "N R W"]:
@@ -248,13 +329,29 @@ class AuxiliaryLM:
     @property
     def lengths(self) -> Int[Tensor, "N R"]:
         """Of the rows of the last call: how many ids each context has read, padding left out."""
-        if self._lengths is None:
+        if self._keys is None:
             raise RuntimeError("Nothing has been read yet: call the AuxiliaryLM first.")
-        return self._lengths.view(len(self.contexts), -1)
+        return (self._keys[:, _HEAD:] != _PADDING).sum(-1).view(len(self.contexts), -1)
+
+    def prompt_size(self, contexts: slice) -> tuple[int, int]:
+        """Rows and tokens that the prompts of some contexts are, as far as they were read: equal rows are read once."""
+        assert self._prompts is not None
+        keys = self._prompts[1].view(len(self.contexts), -1, self._prompts[1].shape[1])[contexts].flatten(0, 1)
+        keys = keys if self._reserved is not None else torch.unique(keys, dim=0)
+        return len(keys), int((keys[:, _HEAD:] != _PADDING).sum())
+
+    def hand_over(self, cache: Cache, rows: int) -> None:
+        """Put what the first `rows` rows have read into an empty `cache`, without the padding that longer contexts cause."""
+        if self._state is None or self._prompts is None:
+            return
+        extra = self._prompts[1].shape[1] - _HEAD - self._prompts[0].shape[1]
+        read = slice(extra, self._state.length)
+        for index, layer in enumerate(cast(Any, self._state.cache.layers)):
+            cache.update(layer.keys[:rows, :, read].contiguous(), layer.values[:rows, :, read].contiguous(), index)
 
     # --- keys: what this call asks for -------------------------------------------------------------------------------
 
-    def _keys(self, step: Step) -> Int[Tensor, "F K"]:
+    def _ask(self, step: Step) -> Int[Tensor, "F K"]:
         """The rows of this call: head columns, the contexts' prompts, the generated ids."""
         main = step.input_ids[:, : step.prompt_length].masked_fill(~step.prompt_mask, _PADDING)
         if self._prompts is not None and (main.device, self._base.device) != tuple(p.device for p in self._prompts):
@@ -262,11 +359,7 @@ class AuxiliaryLM:
         if self._prompts is None or self._prompts[0].shape != main.shape or not torch.equal(self._prompts[0], main):
             self._prompts = (main, self._context_prompts(main).to(self._base.device))
         generated = step.input_ids[:, step.prompt_length :].to(self._base.device)
-        keys = torch.cat([self._prompts[1], generated.repeat(len(self.contexts), 1)], dim=1)
-        self._lengths = (keys[:, _HEAD:] != _PADDING).sum(-1)
-        if self._window is not None and keys.shape[1] - _HEAD > self._window:
-            self._leave_window()
-        return keys
+        return torch.cat([self._prompts[1], generated.repeat(len(self.contexts), 1)], dim=1)
 
     def _context_prompts(self, main: Int[Tensor, "R P"]) -> Int[Tensor, "F K"]:
         rows = main.shape[0]
@@ -294,26 +387,21 @@ class AuxiliaryLM:
 
     # --- reading: from the cache where it has the answer, from the model where not -------------------------------------
 
-    def _read(self, keys: Int[Tensor, "F K"]) -> Float[Tensor, "F V"]:
+    def _find(self, keys: Int[Tensor, "F K"]) -> Float[Tensor, "F V"]:
+        """The logits behind `keys`, with as few tokens read as can be."""
         state, length = self._state, keys.shape[1] - _HEAD
-        if state is not None and keys.shape == (state.keys.shape[0], _HEAD + state.length + 1):
-            if torch.equal(keys[:, :-1], state.keys):
-                self._state = None  # a forward that fails must not leave a half-moved state behind
-                self._feed(state, keys)
-                self._state = state
-                return self._result(state, length)
-
+        self._in_order = True  # the state's rows are these keys
         parents, kept = self._reusable(state, keys)
-        if state is None or kept < self._least_kept():
+        if state is None or kept < self._least_kept() or not self._fits(state, keys):
             self._state = None  # frees the old cache before the new one grows
             state = self._start(keys)
             parents, kept = self._reusable(state, keys)
         if kept == length:
-            self._state = state
+            self._state, self._in_order = state, False
             return self._result(state, length, parents)
 
         inverse = None
-        if kept == 0 or length - kept > 1:
+        if (kept == 0 or length - kept > 1) and state.room is None:
             # What beams and returned sequences have in common is read once.
             unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
             if unique.shape[0] < keys.shape[0]:
@@ -334,6 +422,10 @@ class AuxiliaryLM:
         self._state = state
         return self._result(state, length)
 
+    @staticmethod
+    def _fits(state: _State, keys: Int[Tensor, "F K"]) -> bool:
+        return state.room is None or (len(keys) == len(state.keys) and keys.shape[1] - _HEAD <= state.room)
+
     def _reusable(self, state: _State | None, keys: Int[Tensor, "F K"]) -> tuple[Tensor, int]:
         """Which row of `state` each key continues, and how many leading ids of all rows need not be fed again."""
         if state is None or state.length == 0:
@@ -342,10 +434,10 @@ class AuxiliaryLM:
         shared, parents = match_prefixes(keys, state.keys)
         kept = int(shared.min()) - _HEAD
         if kept >= length:
-            kept = length if length in state.log_probs else length - 1
+            kept = length if length in state.logits else length - 1
         if kept < min(state.length, length) and not self._croppable:
             kept = 0
-        if self.score_tokens and 0 < kept < length and kept not in state.log_probs:
+        if self.score_tokens and 0 < kept < length and kept not in state.logits:
             kept -= 1  # the score of the next token needs the prediction before it
         return parents, kept
 
@@ -360,6 +452,10 @@ class AuxiliaryLM:
         if self._encoder_decoder:
             self._encoded = self._encode()
             return _State(keys[:, :_HEAD], EncoderDecoderCache(cache, DynamicCache()))
+        if self._reserved is not None and self._prompts is not None:
+            room = max(self._prompts[1].shape[1] + self._reserved[0], keys.shape[1] + 64) - _HEAD
+            config = self._base.config.get_text_config(decoder=True)
+            return _State(keys[:, :_HEAD], StaticCache(config=config, max_cache_len=room))
         if not any(context.items for context in self.contexts):
             return _State(keys[:, :_HEAD], cache)
         assert self._prompts is not None
@@ -383,17 +479,13 @@ class AuxiliaryLM:
         for begin in range(start, stop, chunk):
             end = min(begin + chunk, stop)
             logits = self._forward(state, keys, real, begin, end, inputs)
-            last = logits[:, -1, : self._vocab].float().log_softmax(-1)
-            if bool(last.isnan().any()):
-                raise ValueError(
-                    f"{type(self._base).__name__} returned NaN logits as an auxiliary model: float16 overflows in some models, load it in "
-                    "bfloat16 or float32."
-                )
             if self.score_tokens:
                 self._score(state, keys, real, begin, end, logits)
             single = keys.shape[0] == len(self.contexts)
             oldest = end - self._MEMO if single else end
-            state.log_probs = {n: values for n, values in state.log_probs.items() if n > oldest} | {end: last}
+            # Several positions, or a buffer that compiled code writes to again: keep the last position alone.
+            last = logits[:, -1].to(torch.float32, copy=logits.shape[1] > 1 or state.room is not None)
+            state.logits = {n: values for n, values in state.logits.items() if n > oldest} | {end: last}
             state.keys = keys[:, : _HEAD + end]
             self.stats.forwards += 1
         padded = self._padded and self._prompts is not None and start < self._prompts[1].shape[1] - _HEAD
@@ -427,7 +519,7 @@ class AuxiliaryLM:
             )
             if self._takes_logits_to_keep:  # behind prepare_inputs, because some models set their own
                 prepared["logits_to_keep"] = 0 if self.score_tokens else 1
-            logits = cast(Any, self.model)(**prepared, **self._adapter_names(keys)).logits
+            logits = self._model_call(state, end - begin)(**prepared, **self._adapter_names(state, keys)).logits
             if typed and self._mrope is not None and self._mrope.rope_deltas is not None:
                 state.offsets = self._mrope.rope_deltas.to(keys.device).view(-1, 1)
         if begin == 0 and not len(state.cache):
@@ -442,8 +534,9 @@ class AuxiliaryLM:
         ids = keys[:, _HEAD + begin : _HEAD + end]
         known = state.token_log_probs if state.token_log_probs is not None else logits.new_zeros(len(keys), 0).float()
         inner = logits[:, :-1, : self._vocab].float().log_softmax(-1)
-        if begin in state.log_probs:
-            inner = torch.cat([state.log_probs[begin][:, None], inner], dim=1)
+        if begin in state.logits:
+            before = state.logits[begin][:, None, : self._vocab].log_softmax(-1)
+            inner = torch.cat([before, inner], dim=1)
             known = known[:, :begin]
         else:  # the first id has nothing before it, or was scored before the cache was taken back
             known = known[:, : begin + 1] if begin else logits.new_zeros(len(keys), 1).float()
@@ -459,8 +552,7 @@ class AuxiliaryLM:
         if state.token_log_probs is not None:
             scores = state.token_log_probs[:, :length]
             self._scores = scores if rows is None else scores[rows]
-        log_probs = state.log_probs[length]
-        return log_probs.clone() if rows is None else log_probs[rows]  # the caller's own, either way
+        return state.logits[length] if rows is None else state.logits[length][rows]
 
     # --- the model's surroundings --------------------------------------------------------------------------------------
 
@@ -516,7 +608,23 @@ class AuxiliaryLM:
         adapters = tuple(self.model.active_adapters) if isinstance(self.model, PeftModel) else ()
         return weights, adapters, self._base.dtype, self._base.device, torch.is_inference_mode_enabled()
 
-    def _adapter_names(self, keys: Tensor) -> dict[str, list[str]]:
+    def _model_call(self, state: _State, tokens: int) -> Any:
+        """The model, or its compiled form for the step that is always the same."""
+        if (
+            tokens == 1
+            and state.room is not None
+            and self._reserved is not None
+            and not isinstance(self.model, PeftModel)
+        ):
+            settings = self._reserved[1]
+            # The rule by which `generate` compiles the generating model.
+            if settings is not None and self._base._valid_auto_compile_criteria(
+                {self._cache_name: state.cache}, settings
+            ):
+                return self._base.get_compiled_call(settings.compile_config)
+        return self.model
+
+    def _adapter_names(self, state: _State, keys: Tensor) -> dict[str, list[str]]:
         """One adapter name a row, where rows differ: one forward then serves the base and all its adapters."""
         if self._adapters in ([None], [BASE]):
             return {}
@@ -526,8 +634,29 @@ class AuxiliaryLM:
                 f"The adapters {self.model.active_adapters} are active at once, which one forward cannot read beside others: merge them "
                 "with add_weighted_adapter(), or name one."
             )
-        names = [self.model.active_adapter if name is None else name for name in self._adapters]
-        return {"adapter_names": [names[i] for i in keys[:, 0].tolist()]}
+        if state.adapters is None or len(state.adapters) != len(keys):
+            names = [self.model.active_adapter if name is None else name for name in self._adapters]
+            state.adapters = [names[i] for i in keys[:, 0].tolist()]
+        return {"adapter_names": state.adapters}
+
+    def check_numbers(self, log_probs: Float[Tensor, "N R V"], *, at_once: bool) -> None:
+        """NaN logits are an error. Where reading a flag would stall the device, it is read with the next call's."""
+        if self._doubt is not None:
+            doubt, self._doubt = self._doubt, None
+            self._refuse_nan(doubt)
+        doubt = log_probs[..., 0].isnan().any()  # the softmax has spread a NaN over its row
+        if at_once or doubt.device.type == "cpu":
+            self._refuse_nan(doubt)
+        else:
+            self._doubt = doubt
+
+    def _refuse_nan(self, doubt: Tensor) -> None:
+        if bool(doubt):
+            self._state = None
+            raise ValueError(
+                f"{type(self._base).__name__} returned NaN logits as an auxiliary model: float16 overflows in some models, load it in "
+                "bfloat16 or float32."
+            )
 
     # --- what cannot be right is refused ---------------------------------------------------------------------------------
 

@@ -41,6 +41,8 @@ class Step(NamedTuple):
         prompt_mask (`Tensor` of shape `[R, prompt_length]`): `False` on left padding.
         is_new (`bool`): whether this is the first position of a prompt.
         parents (`Tensor` of shape `[R]`, or `None`): the row of the previous call that each row continues; `None`: its own.
+        continues (`Tensor`, or `None`): the very ids of an earlier call that these extend by one column, row for row. Whoever
+            has read those need not compare again.
     """
 
     input_ids: Tensor
@@ -48,6 +50,7 @@ class Step(NamedTuple):
     prompt_mask: Tensor
     is_new: bool
     parents: Tensor | None
+    continues: Tensor | None = None
 
     @property
     def position(self) -> int:
@@ -79,6 +82,11 @@ class PromptTracker:
     def reset(self) -> None:
         """Forget all tokens: the next call is a new prompt."""
         self._last: Step | None = None
+        self._announced: Step | None = None
+
+    def announce(self, step: Step) -> None:
+        """Say where the next call stands: a decode loop knows what a tracker would have to find out by comparing tokens."""
+        self._announced = step
 
     def bind(self, attention_mask: Tensor | None, input_ids: Tensor | None = None) -> None:
         """Give the attention mask of the coming prompts, of shape `[B, P]`, instead of having it inferred."""
@@ -101,11 +109,13 @@ class PromptTracker:
     def observe(self, input_ids: Int[Tensor, "R L"]) -> Step:
         """Place the call that sees `input_ids`."""
         last, length = self._last, input_ids.shape[1]
-        step = None
-        if last is not None and length > last.prompt_length:
+        step, self._announced = self._announced, None
+        if step is not None and step.input_ids is not input_ids:
+            step = None
+        if step is None and last is not None and length > last.prompt_length:
             known = last.input_ids
             if input_ids.shape == (known.shape[0], known.shape[1] + 1) and torch.equal(input_ids[:, :-1], known):
-                step = Step(input_ids, last.prompt_length, last.prompt_mask, False, None)
+                step = Step(input_ids, last.prompt_length, last.prompt_mask, False, None, known)
             else:
                 shared, parents = match_prefixes(input_ids, known)
                 if int(shared.min()) >= length - 1:

@@ -65,6 +65,9 @@ class AuxiliaryLogitsProcessor(SharedAsRecipe, LogitsProcessor):
     """
 
     supports_continuous_batching = False
+    picks_model = (
+        False  # whether the method chooses a model for each token, which `hf_logits.generate` can spare the other one
+    )
     acts_alone = False  # whether the method does something to the main scores even with no term left to read
 
     def __init__(
@@ -114,6 +117,10 @@ class AuxiliaryLogitsProcessor(SharedAsRecipe, LogitsProcessor):
             return self.mix(log_probs, self.combine) if self.acts_alone else log_probs
         auxiliary = self.auxiliary_log_probs(step, log_probs.shape[-1])
         return self.mix(log_probs, self.combine, *auxiliary)
+
+    def pick(self, step: Step, main: AuxiliaryLM) -> Float[Tensor, "R V"]:
+        """Logits of the model that the method picks for each row; it reads `main`, the generating model, only where it must."""
+        raise NotImplementedError(f"{type(self).__name__} does not pick a model.")
 
     def __call__(self, input_ids: Int[Tensor, "R L"], scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
         if input_ids.dim() != 2 or input_ids.shape[0] != scores.shape[0]:

@@ -1,17 +1,17 @@
 """Entropy-adaptive decoding: a large model takes over where the small one is uncertain."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_logits.auxiliary import Context
+from hf_logits.auxiliary import AuxiliaryLM, Context, EngineStats
 from hf_logits.checks import check_count, check_per_row
 from hf_logits.logits import entropy, row_column
 from hf_logits.prefix import Step
@@ -55,7 +55,8 @@ class SwitchingCost:
     Attributes:
         share (`float`): of the tokens, those that the large model chose (f).
         relative_cost (`float`): the paper's, if only the active model ran for each token.
-        relative_cost_here (`float`): as this processor works, where the small model always runs.
+        relative_cost_here (`float`): as it was run. Beside `generate` the small model reads every token; in
+            [`hf_logits.generate`] a model reads when it is at work, and both read the token at which they change.
         large_forwards (`int`): sequential forwards of the large model.
         flops (`float`): 2 a parameter and token read, prompts and the large model's catch-up included.
         relative_flops (`float`): against the large model alone on the same rows.
@@ -81,6 +82,10 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
     Penalties and bans act on the small model's scores; the large model's are taken raw, and banned tokens stay banned. Under
     beam search scores of both models meet in one sum, which is allowed but has no clear meaning. Under assisted decoding the
     draft is switched too, which costs forwards and changes no token.
+
+    With `custom_generate=hf_logits.generate` only the model at work runs. It catches up in one forward; a batch reads the large
+    model for all rows as soon as one needs it. There the entropy is that of the raw logits, penalties and bans are
+    applied to whichever model chose, ids that the large model does not have cannot be chosen by it, and the trace has no `kl`.
 
     Args:
         large_model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): shares the small model's tokenizer.
@@ -135,6 +140,7 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
         )
         eos = eos_token_id if eos_token_id is not None else large_model.generation_config.eos_token_id
         self._eos = torch.tensor([eos] if isinstance(eos, int) else list(eos or []), dtype=torch.long)
+        self._main: EngineStats | None = None
         super().__init__(
             [(large_model, Context())],
             tokenizer=tokenizer,
@@ -144,51 +150,77 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
         )
 
     def steer(self, step: Step, log_probs: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
-        rows = log_probs.shape[0]
+        def large() -> Float[Tensor, "R V"]:
+            # With the bans of the small model's scores.
+            return self.mix(log_probs, lambda main, large: large, *self.auxiliary_log_probs(step, log_probs.shape[-1]))
+
+        self._main = None
+        return self._decide(step, lambda: log_probs, large)
+
+    def pick(self, step: Step, main: AuxiliaryLM) -> Float[Tensor, "R V"]:
+        device, engine = step.input_ids.device, self.engines[0]
+
+        def large() -> Float[Tensor, "R V"]:
+            logits = engine.read(step, check_ids=main.vocab_size > engine.vocab_size)[0].to(device)
+            engine.check_numbers(logits, at_once=step.is_new)
+            missing = max(main.vocab_size - engine.vocab_size, 0)
+            return nn.functional.pad(logits[:, : main.vocab_size], (0, missing), value=-math.inf)
+
+        self._main, self._calls = main.stats, self._calls + 1
+        return self._decide(step, lambda: main.read(step, check_ids=False)[0].to(device), large)
+
+    def _decide(
+        self,
+        step: Step,
+        small: Callable[[], Float[Tensor, "R V"]],
+        large: Callable[[], Float[Tensor, "R V"]],
+    ) -> Float[Tensor, "R V"]:
+        """Scores of the model that chooses this token, row by row. A model that no row needs is not read."""
+        rows, device = step.input_ids.shape[0], step.input_ids.device
         if step.is_new:
             self._begun = replace(self.engines[0].stats), int(step.prompt_mask.sum())
         if step.parents is not None and rows > 1:
             logger.warning_once("Entropy-adaptive decoding under beam search adds up scores of two models.")
-        large = self._before(step, "next_large", float(self.start == "large"))[:, -1].to(log_probs.device) > 0
-        stay = self._before(step, "stay", 0.0)[:, -1].to(log_probs.device)
-        # The threshold as a column, back to one value a row.
-        threshold = row_column(self.threshold, rows, log_probs)
-        threshold = threshold[:, 0] if isinstance(threshold, Tensor) else threshold
+        at_work = self._before(step, "next_large", float(self.start == "large"))[:, -1].to(device) > 0
+        stay = self._before(step, "stay", 0.0)[:, -1].to(device)
         finished = self._finished(step)
+        answers: dict[bool, Tensor] = {}
 
-        of_small = entropy(log_probs)
-        answers: list[Tensor] = []
-        bits = of_small
-        if self.entropy_of == "current" and bool((large & ~finished).any()):
-            answers = [self._large(step, log_probs)]
-            bits = torch.where(large, entropy(answers[0]), of_small)
-        mean = torch.cat([self._before(step, "entropy", None).to(bits), bits[:, None]], dim=1)[:, -self.window :].mean(
-            -1
-        )
+        def read(wanted: Bool[Tensor, " R"]) -> None:
+            """Read the models that some unfinished row wants."""
+            of_large, of_small = torch.stack([(wanted & ~finished).any(), (~wanted & ~finished).any()]).tolist()
+            if of_large and True not in answers:
+                answers[True] = large()
+            if (of_small or not answers) and False not in answers:
+                answers[False] = small()
 
+        read(at_work if self.entropy_of == "current" else torch.zeros_like(at_work))
+        bits = {which: entropy(values.float().log_softmax(-1)) for which, values in answers.items()}
+        measured = torch.where(at_work, bits[True], bits[False]) if len(bits) == 2 else next(iter(bits.values()))
+        before = self._before(step, "entropy", None).to(measured)
+        mean = torch.cat([before, measured[:, None]], dim=1)[:, -self.window :].mean(-1)
+
+        # The threshold as a column, back to one value a row.
+        threshold = row_column(self.threshold, rows, mean)
+        threshold = threshold[:, 0] if isinstance(threshold, Tensor) else threshold
         if self.timing == "now":
-            chooses, stay = switch(large, stay, mean, threshold=threshold, min_stay=self.min_stay)
+            chooses, stay = switch(at_work, stay, mean, threshold=threshold, min_stay=self.min_stay)
             after, stay = chooses, stay + 1
         else:
-            chooses = large
-            after, stay = switch(large, stay + 1, mean, threshold=threshold, min_stay=self.min_stay)
-        chooses, after = chooses & ~finished, torch.where(finished, large, after)
-
+            chooses = at_work
+            after, stay = switch(at_work, stay + 1, mean, threshold=threshold, min_stay=self.min_stay)
+        chooses, after = chooses & ~finished, torch.where(finished, at_work, after)
         self.record(
             step,
-            entropy=bits,
+            entropy=measured,
             large=chooses.float().masked_fill(finished, math.nan),
             stay=stay,
             next_large=after.float(),
         )
-        if not bool(chooses.any()):
-            return log_probs
-        answer = answers[0] if answers else self._large(step, log_probs)
-        return torch.where(chooses[:, None], answer, log_probs)
-
-    def _large(self, step: Step, log_probs: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
-        """The large model's log-probabilities, with the bans of the small one's."""
-        return self.mix(log_probs, lambda main, large: large, *self.auxiliary_log_probs(step, log_probs.shape[-1]))
+        read(chooses)
+        if len(answers) == 1:
+            return next(iter(answers.values()))
+        return torch.where(chooses[:, None], answers[True], answers[False])
 
     def _before(self, step: Step, name: str, first: float | None) -> Float[Tensor, "R t"]:
         """The trace before this step, behind a first column where the recursion needs one to begin with."""
@@ -219,12 +251,17 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
         share, spent, (before, prompt) = float(chosen.nanmean()), self.engines[0].stats, self._begun
         # Either model alone reads the prompts and every chosen token but the last.
         tokens = prompt + chosen.shape[0] * (chosen.shape[1] - 1)
-        flops = 2.0 * (small * tokens + large * (spent.tokens - before.tokens))
+        large_forwards = spent.forwards - before.forwards
+        small_tokens, here = tokens, small / large + share
+        if self._main is not None:
+            small_tokens = self._main.tokens
+            here = (small / large * self._main.forwards + large_forwards) / chosen.shape[1]
+        flops = 2.0 * (small * small_tokens + large * (spent.tokens - before.tokens))
         return SwitchingCost(
             share=share,
             relative_cost=relative_cost(share, small=float(small), large=float(large)),
-            relative_cost_here=small / large + share,
-            large_forwards=spent.forwards - before.forwards,
+            relative_cost_here=here,
+            large_forwards=large_forwards,
             flops=flops,
             relative_flops=flops / (2.0 * large * tokens),
         )
