@@ -149,7 +149,7 @@ def _decode(
     with cast(Any, model)._optimize_model_for_decode():
         while True:
             logits = batch.read(step) if picking is None else picking.pick(step, batch.host)
-            logits = logits.to(input_ids.device, copy=with_logits)
+            logits = logits.to(input_ids.device, copy=raw_logits is not None)
             for tracker in trackers:
                 tracker.announce(step)
             next_scores = cast(Any, logits_processor)(input_ids, logits)
@@ -289,6 +289,7 @@ def _other_mode(
         return f"it does not do {mode.value.replace('_', ' ')}"
     cache = model_kwargs.get("past_key_values")
     known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    known |= {"output_attentions", "output_hidden_states"}
     unknown = sorted(name for name, value in model_kwargs.items() if name not in known and value is not None)
     window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")

@@ -103,6 +103,8 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
     The trace has `entropy` (bits, of the model at work), `large` (1 where it chose, NaN behind the end of a row), `next_large` and `stay`.
     """
 
+    picks_model = True
+
     def __init__(
         self,
         large_model: Model,
@@ -162,7 +164,7 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
 
         def large() -> Float[Tensor, "R V"]:
             logits = engine.read(step, check_ids=main.vocab_size > engine.vocab_size)[0].to(device)
-            engine.check_numbers(logits, at_once=step.is_new)
+            engine.check_numbers(logits.logsumexp(-1, keepdim=True)[None], at_once=step.is_new)
             missing = max(main.vocab_size - engine.vocab_size, 0)
             return nn.functional.pad(logits[:, : main.vocab_size], (0, missing), value=-math.inf)
 

@@ -160,11 +160,12 @@ def test_without_a_reset_a_repeated_beginning_is_taken_for_a_step_back():
 # --- line 4: other caches of the main model ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["mistral"])
 @pytest.mark.parametrize("name", TABLE)
-def test_a_static_cache_of_the_main_model_changes_nothing(name):
+def test_a_static_cache_of_the_main_model_changes_nothing(name, kind):
     outputs = []
     for settings in ({}, {"cache_implementation": "static", "disable_compile": True}):
-        processor, judge = judged(name, "mistral")
+        processor, judge = judged(name, kind)
         judge.prompt(*tiny.prompts())
         outputs.append(generate(main_model(), judge.ids, judge.mask, judge.around(processor), **settings))
         assert len(judge.lengths) == NEW_TOKENS
