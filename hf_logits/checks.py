@@ -32,6 +32,13 @@ def check_number(
     return value
 
 
+def check_choice(name: str, value: Any, *allowed: str) -> None:
+    """One of some words."""
+    if value not in allowed:
+        words = [repr(word) for word in allowed]
+        raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {value!r}.")
+
+
 def _check_bounds(
     name: str, numbers: list[float], given: Any, minimum: float, maximum: float, above: bool, infinite: bool
 ) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_logits.auxiliary import AuxiliaryLM, Context, EngineStats
-from hf_logits.checks import check_count, check_per_row
+from hf_logits.checks import check_choice, check_count, check_per_row
 from hf_logits.logits import entropy, row_column
 from hf_logits.prefix import Step
 from hf_logits.processing import AuxiliaryLogitsProcessor, Model
@@ -125,21 +125,11 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
         self.threshold = check_per_row("threshold", threshold, infinite=True)
         check_count("window", window, minimum=1)
         check_count("min_stay", min_stay, minimum=0)
-        choices: dict[str, tuple[str, set[str]]] = {
-            "timing": (timing, {"now", "next"}),
-            "entropy_of": (entropy_of, {"current", "small"}),
-            "start": (start, {"small", "large"}),
-        }
-        for name, (choice, allowed) in choices.items():
-            if choice not in allowed:
-                raise ValueError(f"{name} must be one of {sorted(allowed)}, got {choice!r}.")
-        self.window, self.min_stay, self.timing, self.entropy_of, self.start = (
-            window,
-            min_stay,
-            timing,
-            entropy_of,
-            start,
-        )
+        check_choice("timing", timing, "now", "next")
+        check_choice("entropy_of", entropy_of, "current", "small")
+        check_choice("start", start, "small", "large")
+        self.window, self.min_stay = window, min_stay
+        self.timing, self.entropy_of, self.start = timing, entropy_of, start
         eos = eos_token_id if eos_token_id is not None else large_model.generation_config.eos_token_id
         self._eos = torch.tensor([eos] if isinstance(eos, int) else list(eos or []), dtype=torch.long)
         self._main: EngineStats | None = None

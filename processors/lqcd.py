@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_logits.checks import check_per_row
+from hf_logits.checks import check_choice, check_per_row
 from hf_logits.logits import difference, keep, plausible, row_column
 from hf_logits.processing import AuxiliaryLogitsProcessor, Model, prompt_context
 from hf_logits.prompts import as_data
@@ -73,8 +73,7 @@ class LQCDLogitsProcessor(AuxiliaryLogitsProcessor):
         auxiliary_tokenizer: PreTrainedTokenizerBase | None = None,
         pad_token_id: int | None = None,
     ):
-        if main not in ("neutral", "leading"):
-            raise ValueError(f"main must be 'neutral' or 'leading', got {main!r}.")
+        check_choice("main", main, "neutral", "leading")
         if other_prompt is None:
             raise ValueError("other_prompt is missing: it is the question in the form that generate() is not given.")
         self.model, self.other_prompt, self.main = model, other_prompt, main

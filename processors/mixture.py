@@ -22,11 +22,10 @@ def mixture(
     weights: Sequence[float | Tensor],
 ) -> Float[Tensor, "R V"]:
     """`main_weight * main + sum of weight * other`, in log-probabilities; what `main` bans stays banned."""
-    banned = main.isneginf()
-    scores = main_weight * main.masked_fill(banned, 0.0)
+    scores = main_weight * main
     for other, weight in zip(others, weights, strict=True):
         scores = scores + weight * other
-    return keep(scores, ~banned)
+    return keep(scores, ~main.isneginf())  # also where a weight has made NaN or +inf of a ban
 
 
 class MixtureTerm(NamedTuple):

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_logits.checks import check_number, check_per_row
+from hf_logits.checks import check_choice, check_number, check_per_row
 from hf_logits.logits import repeat_items
 from hf_logits.prefix import Step
 from hf_logits.processing import AuxiliaryLogitsProcessor
@@ -90,8 +90,7 @@ class RefusalTokenLogitsProcessor(AuxiliaryLogitsProcessor):
         bias: float | Tensor | Mapping[str, float] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
-        if mode not in ("single", "category", "sum", "bias"):
-            raise ValueError(f"mode must be 'single', 'category', 'sum' or 'bias', got {mode!r}.")
+        check_choice("mode", mode, "single", "category", "sum", "bias")
         self.refuse, self.respond, self.threshold, self.mode = refuse, respond, threshold, mode
         check_number("softmax_temperature", softmax_temperature, minimum=0.0, above=True)
         self.softmax_temperature, self.bias = softmax_temperature, bias

@@ -145,4 +145,4 @@ def test_the_core_knows_no_method(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "processors").glob("*.py")), ids=lambda path: path.name)
 def test_a_processor_fits_on_a_few_screens(path):
-    assert len(path.read_text().splitlines()) <= 230
+    assert len(path.read_text().splitlines()) <= 260
