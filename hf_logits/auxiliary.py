@@ -150,6 +150,8 @@ class AuxiliaryLM:
 
     # Results at this many last positions are kept for a single row: assisted decoding asks again for those of its draft.
     _MEMO = 32
+    # Logits that scoring a prompt may hold at once, 64 MiB of them: long prompts are read in so many more pieces.
+    _SCORED = 2**24
 
     def __init__(
         self,
@@ -472,6 +474,8 @@ class AuxiliaryLM:
             self.stats.prefill_rows += keys.shape[0]
             state.keys = keys[:, :_HEAD]
         chunk = self.prefill_chunk
+        if self.score_tokens:  # then there are logits at every position
+            chunk = min(chunk, max(self._SCORED // (keys.shape[0] * self.vocab_size), 1))
         if inputs is not None or (start == 0 and not self._croppable):
             chunk = stop  # images must be read with their prompt; a recurrent prefill has no state to begin from
         elif not self._croppable:

@@ -177,6 +177,17 @@ def test_long_prompts_are_read_in_chunks(name):
     )
 
 
+def test_scoring_a_long_prompt_holds_few_logits(monkeypatch):
+    model, (ids, mask) = tiny.llama(), tiny.prompts(3, 10)
+    whole, pieces = AuxiliaryLM(model, score_tokens=True), AuxiliaryLM(model, score_tokens=True)
+    monkeypatch.setattr(AuxiliaryLM, "_SCORED", 3 * 4 * model.config.vocab_size)
+    first = pieces(ids)
+    monkeypatch.undo()
+    close(first, whole(ids))
+    close(pieces.token_log_probs, whole.token_log_probs)
+    assert pieces.stats.forwards == 3 and int(mask.sum()) == pieces.stats.tokens
+
+
 @pytest.mark.parametrize("name", tiny.DECODERS)
 def test_an_engine_asked_now_and_then_catches_up(name):
     model, (ids, rows) = tiny.DECODERS[name](), padded_prompts()

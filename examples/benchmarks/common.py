@@ -55,6 +55,8 @@ def prompts(rows: int, *, length: int = PROMPT, seed: int = 0) -> Tensor:
 
 
 def decode(generating: Any, ids: Tensor, *processors: Any, new: int = NEW, **settings: Any) -> Tensor:
+    for processor in processors:
+        processor.reset()  # the engine knows the prompt from the turn before, which a user's next prompt would not be
     return generating.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

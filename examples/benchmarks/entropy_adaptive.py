@@ -88,6 +88,8 @@ def run(quick: bool = False) -> str:
             "loop": lambda ids=ids, p=processor: decode(small, ids, p, new=new, custom_generate=hf_logits.generate),
             "beside": lambda ids=ids, p=beside: decode(small, ids, p, new=new),
             "forwards": replay,
+            "large prompt": lambda ids=ids: decode(large, ids, new=1),
+            "small prompt": lambda ids=ids: decode(small, ids, new=1),
         }
         if batch > 1:
             apart = schedule(chose, ids.shape[1], everybody=False)
@@ -95,7 +97,21 @@ def run(quick: bool = False) -> str:
             candidates["regrouped"] = player([small, large], apart, ids.shape[1] + new // 2)
         times = alternate(candidates, 1 if quick else 5)
         alone = [share * a + (1 - share) * b for a, b in zip(times["large"], times["small"], strict=True)]
+        # Both models read the prompt, and alone only one does: the same without the prompts.
+        both = [a + b for a, b in zip(times["large prompt"], times["small prompt"], strict=True)]
+        behind = {
+            name: [t - p for t, p in zip(times[name], prompt, strict=True)]
+            for name, prompt in (
+                ("large", times["large prompt"]),
+                ("small", times["small prompt"]),
+                ("loop", both),
+                ("forwards", both),
+            )
+        }
+        tokens = [share * a + (1 - share) * b for a, b in zip(behind["large"], behind["small"], strict=True)]
         lines += [
+            row("behind the prompt: the loop / its shares", ratio(behind["loop"], tokens), TARGET, here, ""),
+            row("behind the prompt: its forwards alone / the same", ratio(behind["forwards"], tokens), None, here, ""),
             row(
                 "the loop / its shares of both models alone",
                 ratio(times["loop"], alone),
