@@ -150,6 +150,8 @@ class AuxiliaryLM:
 
     # Results at this many last positions are kept for a single row: assisted decoding asks again for those of its draft.
     _MEMO = 32
+    # So many tokens of padding cost more than the forwards that it takes to avoid them.
+    _WASTE = 256
     # Logits that scoring a prompt may hold at once, 64 MiB of them: long prompts are read in so many more pieces.
     _SCORED = 2**24
 
@@ -396,7 +398,10 @@ class AuxiliaryLM:
         parents, kept = self._reusable(state, keys)
         if state is None or kept < self._least_kept() or not self._fits(state, keys):
             self._state = None  # frees the old cache before the new one grows
-            state = self._start(keys)
+            state = self._start_apart(keys) or self._start(keys)
+            if state.length == length:
+                self._state = state
+                return self._result(state, length)
             parents, kept = self._reusable(state, keys)
         if kept == length:
             self._state, self._in_order = state, False
@@ -465,6 +470,38 @@ class AuxiliaryLM:
         state = _State(prompts[:: prompts.shape[0] // context.items, :_HEAD], cache)
         self._feed(state, prompts[:: prompts.shape[0] // context.items], context.inputs)
         return state
+
+    def _start_apart(self, keys: Int[Tensor, "F K"]) -> _State | None:
+        """Contexts of very unequal length, read one by one and laid beside each other, so that no padding is computed."""
+        width, contexts = keys.shape[1] - _HEAD, len(self.contexts)
+        plain = self._croppable and not self._encoder_decoder and self._reserved is None
+        if contexts == 1 or not plain or any(context.items for context in self.contexts):
+            return None
+        parts = keys.view(contexts, -1, keys.shape[1])
+        longest = (parts[..., _HEAD:] != _PADDING).sum(-1).amax(-1).tolist()
+        if sum(width - own for own in longest) * parts.shape[1] < self._WASTE:
+            return None
+        states = []
+        for part, own in zip(parts, longest, strict=True):
+            short = torch.cat([part[:, :_HEAD], part[:, keys.shape[1] - own :]], dim=1)
+            unique, inverse = torch.unique(short, dim=0, return_inverse=True)
+            state = _State(unique[:, :_HEAD], DynamicCache())
+            self._feed(state, unique)
+            state.select(inverse)
+            states.append(state)
+
+        def beside(tensors: list[Tensor], dim: int) -> Tensor:
+            """Rows below each other, filled up on the left of `dim`."""
+            spare = [(0, 0) * (tensor.dim() - 1 - dim) + (width - tensor.shape[dim], 0) for tensor in tensors]
+            return torch.cat([nn.functional.pad(t, pad) for t, pad in zip(tensors, spare, strict=True)])
+
+        together = _State(keys, DynamicCache(), {width: torch.cat([s.logits[s.length] for s in states])})
+        for index, layers in enumerate(zip(*(cast(Any, s.cache.layers) for s in states), strict=True)):
+            keys_and_values = [beside([getattr(layer, name) for layer in layers], 2) for name in ("keys", "values")]
+            together.cache.update(keys_and_values[0], keys_and_values[1], index)
+        if self.score_tokens:
+            together.token_log_probs = beside([cast(Tensor, s.token_log_probs) for s in states], 1)
+        return together
 
     def _feed(self, state: _State, keys: Int[Tensor, "F K"], inputs: Mapping[str, Any] | None = None) -> None:
         """Read the columns of `keys` that `state` has not read."""

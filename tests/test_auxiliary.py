@@ -188,6 +188,34 @@ def test_scoring_a_long_prompt_holds_few_logits(monkeypatch):
     assert pieces.stats.forwards == 3 and int(mask.sum()) == pieces.stats.tokens
 
 
+@pytest.mark.parametrize("score", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_contexts_of_very_unequal_length_are_not_padded(monkeypatch, name, score):
+    """They are read one by one, and go on together; equal rows are read once here too."""
+    model, (ids, mask) = tiny.DECODERS[name](), tiny.prompts(3, 10)
+    ids[1], mask[1] = ids[2], mask[2]
+    contexts = [
+        Context(),
+        Context(lambda main, row, rows: [*range(8, 48)]),
+        Context(lambda main, row, rows: main[-1:]),
+    ]
+    apart, padded = (AuxiliaryLM(model, contexts, score_tokens=score) for _ in range(2))
+    fed: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    for step in range(4):
+        monkeypatch.setattr(AuxiliaryLM, "_WASTE", 20)
+        found = apart(ids)
+        monkeypatch.undo()
+        close(found, padded(ids))
+        if score:
+            close(apart.token_log_probs, padded.token_log_probs)
+        ids = appended(ids.flip(0), 5 + step, 6, 7)
+    assert fed[:3] == [(2, 10), (1, 40), (2, 1)]
+    assert apart.stats.tokens == padded.stats.tokens and apart.stats.prefill_rows == padded.stats.prefill_rows
+
+
 @pytest.mark.parametrize("name", tiny.DECODERS)
 def test_an_engine_asked_now_and_then_catches_up(name):
     model, (ids, rows) = tiny.DECODERS[name](), padded_prompts()
