@@ -12,7 +12,7 @@ one integer comparison answers every question about reuse.
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,21 +20,19 @@ from jaxtyping import Float, Int
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from hf_logits.prefix import PromptTracker, Step, match_prefixes
 from hf_logits.prompts import Rewrite
+from hf_logits.read_state import HEAD, PADDING, ReadState, side_by_side
 
 
 logger = logging.get_logger(__name__)
 
 BASE = "__base__"
 """The adapter name that PEFT gives to the model without adapters."""
-
-_HEAD = 2  # columns of a key before its ids
-_PADDING = -1
 
 
 @dataclass(frozen=True)
@@ -72,55 +70,6 @@ class EngineStats:
     forwards: int = 0
     tokens: int = 0
     prefill_rows: int = 0
-
-
-@dataclass
-class _State:
-    """What has been fed, row by row. Every tensor has one row a key."""
-
-    keys: Tensor  # [F, 2 + W]
-    cache: Cache
-    logits: dict[int, Tensor] = field(default_factory=dict)  # number of ids read -> [F, V], float32, of the next token
-    token_log_probs: Tensor | None = None  # [F, W or more]: of every id given those before it
-    offsets: Tensor | None = (
-        None  # [F, 1]: position minus index, for models that give an image fewer positions than tokens
-    )
-    adapters: list[str] | None = None  # the adapter that reads each row, where rows differ
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[1] - _HEAD
-
-    @property
-    def static(self) -> list[StaticLayer]:
-        """The layers of a static cache; none of another."""
-        return cast(list[StaticLayer], self.cache.layers) if isinstance(self.cache, StaticCache) else []
-
-    @property
-    def room(self) -> int | None:
-        """How many ids a static cache holds."""
-        return self.static[0].max_cache_len if self.static else None
-
-    def select(self, rows: Int[Tensor, " F"]) -> None:
-        self.keys = self.keys[rows]
-        for layer in self.static:  # in place, because compiled code knows where they lie
-            layer.keys = cast(Tensor, layer.keys).copy_(cast(Tensor, layer.keys)[rows])
-            layer.values = cast(Tensor, layer.values).copy_(cast(Tensor, layer.values)[rows])
-        if not self.static:
-            self.cache.reorder_cache(rows)  # type: ignore[arg-type]
-        self.logits = {length: values[rows] for length, values in self.logits.items()}
-        self.token_log_probs = None if self.token_log_probs is None else self.token_log_probs[rows]
-        self.offsets = None if self.offsets is None else self.offsets[rows]
-        self.adapters = None
-
-    def crop(self, length: int) -> None:
-        if length < self.length:
-            for layer in self.static:
-                layer.cumulative_length.sub_(self.length - length)
-            if not self.static:
-                self.cache.crop(length - self.length)
-            self.keys = self.keys[:, : _HEAD + length]
-            self.logits = {n: values for n, values in self.logits.items() if n <= length}
 
 
 class AuxiliaryLM:
@@ -211,7 +160,7 @@ class AuxiliaryLM:
 
     def reset(self) -> None:
         """Forget all tokens and free the cache."""
-        self._state: _State | None = None
+        self._state: ReadState | None = None
         self._prompts: tuple[Tensor, Tensor] | None = None
         self._encoded: tuple[Tensor, Tensor] | None = None
         self._seen: Any = None
@@ -305,7 +254,7 @@ class AuxiliaryLM:
             state, keys, changed = None, self._ask(step), step.position
         if changed and check_ids:
             self._check_ids(int(keys[:, -changed:].max()))
-        length = keys.shape[1] - _HEAD
+        length = keys.shape[1] - HEAD
         if self._window is not None and length > self._window:
             self._leave_window()
         self._read_ids, self._keys = None, keys
@@ -335,29 +284,26 @@ class AuxiliaryLM:
         """Of the rows of the last call: how many ids each context has read, padding left out."""
         if self._keys is None:
             raise RuntimeError("Nothing has been read yet: call the AuxiliaryLM first.")
-        return (self._keys[:, _HEAD:] != _PADDING).sum(-1).view(len(self.contexts), -1)
+        return (self._keys[:, HEAD:] != PADDING).sum(-1).view(len(self.contexts), -1)
 
     def prompt_size(self, contexts: slice) -> tuple[int, int]:
         """Rows and tokens that the prompts of some contexts are, as far as they were read: equal rows are read once."""
         assert self._prompts is not None
         keys = self._prompts[1].view(len(self.contexts), -1, self._prompts[1].shape[1])[contexts].flatten(0, 1)
         keys = keys if self._reserved is not None else torch.unique(keys, dim=0)
-        return len(keys), int((keys[:, _HEAD:] != _PADDING).sum())
+        return len(keys), int((keys[:, HEAD:] != PADDING).sum())
 
     def hand_over(self, cache: Cache, rows: int) -> None:
         """Put what the first `rows` rows have read into an empty `cache`, without the padding that longer contexts cause."""
         if self._state is None or self._prompts is None:
             return
-        extra = self._prompts[1].shape[1] - _HEAD - self._prompts[0].shape[1]
-        read = slice(extra, self._state.length)
-        for index, layer in enumerate(cast(Any, self._state.cache.layers)):
-            cache.update(layer.keys[:rows, :, read].contiguous(), layer.values[:rows, :, read].contiguous(), index)
+        self._state.copy_to(cache, rows, begin=self._prompts[1].shape[1] - HEAD - self._prompts[0].shape[1])
 
     # --- keys: what this call asks for -------------------------------------------------------------------------------
 
     def _ask(self, step: Step) -> Int[Tensor, "F K"]:
         """The rows of this call: head columns, the contexts' prompts, the generated ids."""
-        main = step.input_ids[:, : step.prompt_length].masked_fill(~step.prompt_mask, _PADDING)
+        main = step.input_ids[:, : step.prompt_length].masked_fill(~step.prompt_mask, PADDING)
         if self._prompts is not None and (main.device, self._base.device) != tuple(p.device for p in self._prompts):
             self._prompts = self._state = None  # somebody moved a model
         if self._prompts is None or self._prompts[0].shape != main.shape or not torch.equal(self._prompts[0], main):
@@ -367,7 +313,7 @@ class AuxiliaryLM:
 
     def _context_prompts(self, main: Int[Tensor, "R P"]) -> Int[Tensor, "F K"]:
         rows = main.shape[0]
-        plain = [[i for i in row if i != _PADDING] for row in main.tolist()]
+        plain = [[i for i in row if i != PADDING] for row in main.tolist()]
         keys: list[list[int]] = []
         first_item = 0
         for context in self.contexts:
@@ -387,13 +333,13 @@ class AuxiliaryLM:
         self._padded = any(len(key) < width for key in keys)
         if self._padded and not self._padding_is_right and not self._encoder_decoder:
             self._check_padding(min(keys, key=len), width)
-        return torch.tensor([key[:_HEAD] + [_PADDING] * (width - len(key)) + key[_HEAD:] for key in keys])
+        return torch.tensor([key[:HEAD] + [PADDING] * (width - len(key)) + key[HEAD:] for key in keys])
 
     # --- reading: from the cache where it has the answer, from the model where not -------------------------------------
 
     def _find(self, keys: Int[Tensor, "F K"]) -> Float[Tensor, "F V"]:
         """The logits behind `keys`, with as few tokens read as can be."""
-        state, length = self._state, keys.shape[1] - _HEAD
+        state, length = self._state, keys.shape[1] - HEAD
         self._in_order = True  # the state's rows are these keys
         parents, kept = self._reusable(state, keys)
         if state is None or kept < self._least_kept() or not self._fits(state, keys):
@@ -430,16 +376,16 @@ class AuxiliaryLM:
         return self._result(state, length)
 
     @staticmethod
-    def _fits(state: _State, keys: Int[Tensor, "F K"]) -> bool:
-        return state.room is None or (len(keys) == len(state.keys) and keys.shape[1] - _HEAD <= state.room)
+    def _fits(state: ReadState, keys: Int[Tensor, "F K"]) -> bool:
+        return state.room is None or (len(keys) == len(state.keys) and keys.shape[1] - HEAD <= state.room)
 
-    def _reusable(self, state: _State | None, keys: Int[Tensor, "F K"]) -> tuple[Tensor, int]:
+    def _reusable(self, state: ReadState | None, keys: Int[Tensor, "F K"]) -> tuple[Tensor, int]:
         """Which row of `state` each key continues, and how many leading ids of all rows need not be fed again."""
         if state is None or state.length == 0:
             return torch.arange(keys.shape[0], device=keys.device), 0
-        length = keys.shape[1] - _HEAD
+        length = keys.shape[1] - HEAD
         shared, parents = match_prefixes(keys, state.keys)
-        kept = int(shared.min()) - _HEAD
+        kept = int(shared.min()) - HEAD
         if kept >= length:
             kept = length if length in state.logits else length - 1
         if kept < min(state.length, length) and not self._croppable:
@@ -451,65 +397,54 @@ class AuxiliaryLM:
     def _least_kept(self) -> int:
         """A state that shares less than this many ids is of no use."""
         with_inputs = self._prompts is not None and not self._encoder_decoder and any(c.items for c in self.contexts)
-        return self._prompts[1].shape[1] - _HEAD if with_inputs and self._prompts is not None else 1
+        return self._prompts[1].shape[1] - HEAD if with_inputs and self._prompts is not None else 1
 
-    def _start(self, keys: Int[Tensor, "F K"]) -> _State:
+    def _start(self, keys: Int[Tensor, "F K"]) -> ReadState:
         """An empty state, or one that has read the prompts of all items that come with images."""
         cache = DynamicCache(config=self._cache_config) if self._cache_config is not None else DynamicCache()
         if self._encoder_decoder:
             self._encoded = self._encode()
-            return _State(keys[:, :_HEAD], EncoderDecoderCache(cache, DynamicCache()))
+            return ReadState(keys[:, :HEAD], EncoderDecoderCache(cache, DynamicCache()))
         if self._reserved is not None and self._prompts is not None:
-            room = max(self._prompts[1].shape[1] + self._reserved[0], keys.shape[1] + 64) - _HEAD
+            room = max(self._prompts[1].shape[1] + self._reserved[0], keys.shape[1] + 64) - HEAD
             config = self._base.config.get_text_config(decoder=True)
-            return _State(keys[:, :_HEAD], StaticCache(config=config, max_cache_len=room))
+            return ReadState(keys[:, :HEAD], StaticCache(config=config, max_cache_len=room))
         if not any(context.items for context in self.contexts):
-            return _State(keys[:, :_HEAD], cache)
+            return ReadState(keys[:, :HEAD], cache)
         assert self._prompts is not None
         prompts, context = self._prompts[1], self.contexts[0]
-        state = _State(prompts[:: prompts.shape[0] // context.items, :_HEAD], cache)
+        state = ReadState(prompts[:: prompts.shape[0] // context.items, :HEAD], cache)
         self._feed(state, prompts[:: prompts.shape[0] // context.items], context.inputs)
         return state
 
-    def _start_apart(self, keys: Int[Tensor, "F K"]) -> _State | None:
+    def _start_apart(self, keys: Int[Tensor, "F K"]) -> ReadState | None:
         """Contexts of very unequal length, read one by one and laid beside each other, so that no padding is computed."""
-        width, contexts = keys.shape[1] - _HEAD, len(self.contexts)
+        width, contexts = keys.shape[1] - HEAD, len(self.contexts)
         plain = self._croppable and not self._encoder_decoder and self._reserved is None
         if contexts == 1 or not plain or any(context.items for context in self.contexts):
             return None
         parts = keys.view(contexts, -1, keys.shape[1])
-        longest = (parts[..., _HEAD:] != _PADDING).sum(-1).amax(-1).tolist()
+        longest = (parts[..., HEAD:] != PADDING).sum(-1).amax(-1).tolist()
         if sum(width - own for own in longest) * parts.shape[1] < self._WASTE:
             return None
         states = []
         for part, own in zip(parts, longest, strict=True):
-            short = torch.cat([part[:, :_HEAD], part[:, keys.shape[1] - own :]], dim=1)
+            short = torch.cat([part[:, :HEAD], part[:, keys.shape[1] - own :]], dim=1)
             unique, inverse = torch.unique(short, dim=0, return_inverse=True)
-            state = _State(unique[:, :_HEAD], DynamicCache())
+            state = ReadState(unique[:, :HEAD], DynamicCache())
             self._feed(state, unique)
             state.select(inverse)
             states.append(state)
 
-        def beside(tensors: list[Tensor], dim: int) -> Tensor:
-            """Rows below each other, filled up on the left of `dim`."""
-            spare = [(0, 0) * (tensor.dim() - 1 - dim) + (width - tensor.shape[dim], 0) for tensor in tensors]
-            return torch.cat([nn.functional.pad(t, pad) for t, pad in zip(tensors, spare, strict=True)])
+        return side_by_side(states, keys)
 
-        together = _State(keys, DynamicCache(), {width: torch.cat([s.logits[s.length] for s in states])})
-        for index, layers in enumerate(zip(*(cast(Any, s.cache.layers) for s in states), strict=True)):
-            keys_and_values = [beside([getattr(layer, name) for layer in layers], 2) for name in ("keys", "values")]
-            together.cache.update(keys_and_values[0], keys_and_values[1], index)
-        if self.score_tokens:
-            together.token_log_probs = beside([cast(Tensor, s.token_log_probs) for s in states], 1)
-        return together
-
-    def _feed(self, state: _State, keys: Int[Tensor, "F K"], inputs: Mapping[str, Any] | None = None) -> None:
+    def _feed(self, state: ReadState, keys: Int[Tensor, "F K"], inputs: Mapping[str, Any] | None = None) -> None:
         """Read the columns of `keys` that `state` has not read."""
-        start, stop = state.length, keys.shape[1] - _HEAD
-        real = keys[:, _HEAD:] != _PADDING
+        start, stop = state.length, keys.shape[1] - HEAD
+        real = keys[:, HEAD:] != PADDING
         if start == 0:
             self.stats.prefill_rows += keys.shape[0]
-            state.keys = keys[:, :_HEAD]
+            state.keys = keys[:, :HEAD]
         chunk = self.prefill_chunk
         if self.score_tokens:  # then there are logits at every position
             chunk = min(chunk, max(self._SCORED // (keys.shape[0] * self.vocab_size), 1))
@@ -527,13 +462,13 @@ class AuxiliaryLM:
             # Several positions, or a buffer that compiled code writes to again: keep the last position alone.
             last = logits[:, -1].to(torch.float32, copy=logits.shape[1] > 1 or state.room is not None)
             state.logits = {n: values for n, values in state.logits.items() if n > oldest} | {end: last}
-            state.keys = keys[:, : _HEAD + end]
+            state.keys = keys[:, : HEAD + end]
             self.stats.forwards += 1
-        padded = self._padded and self._prompts is not None and start < self._prompts[1].shape[1] - _HEAD
+        padded = self._padded and self._prompts is not None and start < self._prompts[1].shape[1] - HEAD
         self.stats.tokens += int(real[:, start:].sum()) if padded else keys.shape[0] * (stop - start)
 
     def _forward(
-        self, state: _State, keys: Tensor, real: Tensor, begin: int, end: int, inputs: Mapping[str, Any] | None
+        self, state: ReadState, keys: Tensor, real: Tensor, begin: int, end: int, inputs: Mapping[str, Any] | None
     ) -> Float[Tensor, "F T V"]:
         seen = real[:, :end]
         extra: dict[str, Any] = {self._cache_name: state.cache, "use_cache": True}
@@ -552,7 +487,7 @@ class AuxiliaryLM:
             extra["position_ids"] = positions
         with self._own_rope_deltas(), self._reading():
             prepared = self._base.prepare_inputs_for_generation(
-                keys[:, _HEAD : _HEAD + end].clamp(min=0),
+                keys[:, HEAD : HEAD + end].clamp(min=0),
                 next_sequence_length=end - begin,
                 is_first_iteration=begin == 0,
                 **extra,
@@ -570,9 +505,9 @@ class AuxiliaryLM:
             )
         return logits
 
-    def _score(self, state: _State, keys: Tensor, real: Tensor, begin: int, end: int, logits: Tensor) -> None:
+    def _score(self, state: ReadState, keys: Tensor, real: Tensor, begin: int, end: int, logits: Tensor) -> None:
         """Append the log-probabilities of the ids in columns `begin` to `end`."""
-        ids = keys[:, _HEAD + begin : _HEAD + end]
+        ids = keys[:, HEAD + begin : HEAD + end]
         known = state.token_log_probs if state.token_log_probs is not None else logits.new_zeros(len(keys), 0).float()
         inner = logits[:, :-1, : self._vocab].float().log_softmax(-1)
         if begin in state.logits:
@@ -586,10 +521,10 @@ class AuxiliaryLM:
         # No opinion on ids of the main model's own, and nothing to say about padding or the first real id.
         first = end - ids.shape[1]
         before = real[:, first - 1 : end - 1] if first else real[:, :0]
-        scores = scores.masked_fill(~before | (ids >= self._vocab) | (ids == _PADDING), 0.0)
+        scores = scores.masked_fill(~before | (ids >= self._vocab) | (ids == PADDING), 0.0)
         state.token_log_probs = torch.cat([known, scores], dim=1)
 
-    def _result(self, state: _State, length: int, rows: Tensor | None = None) -> Float[Tensor, "F V"]:
+    def _result(self, state: ReadState, length: int, rows: Tensor | None = None) -> Float[Tensor, "F V"]:
         if state.token_log_probs is not None:
             scores = state.token_log_probs[:, :length]
             self._scores = scores if rows is None else scores[rows]
@@ -649,7 +584,7 @@ class AuxiliaryLM:
         adapters = tuple(self.model.active_adapters) if isinstance(self.model, PeftModel) else ()
         return weights, adapters, self._base.dtype, self._base.device, torch.is_inference_mode_enabled()
 
-    def _model_call(self, state: _State, tokens: int) -> Any:
+    def _model_call(self, state: ReadState, tokens: int) -> Any:
         """The model, or its compiled form for the step that is always the same."""
         if (
             tokens == 1
@@ -665,7 +600,7 @@ class AuxiliaryLM:
                 return self._base.get_compiled_call(settings.compile_config)
         return self.model
 
-    def _adapter_names(self, state: _State, keys: Tensor) -> dict[str, list[str]]:
+    def _adapter_names(self, state: ReadState, keys: Tensor) -> dict[str, list[str]]:
         """One adapter name a row, where rows differ: one forward then serves the base and all its adapters."""
         if self._adapters in ([None], [BASE]):
             return {}
@@ -741,28 +676,28 @@ class AuxiliaryLM:
 
     def _check_prompts(self, keys: list[list[int]]) -> None:
         for context, key in zip(self.contexts, keys[:: len(keys) // len(self.contexts)], strict=True):
-            if len(key) == _HEAD:
+            if len(key) == HEAD:
                 raise ValueError(
                     "The auxiliary model has no prompt to read: generate() was given inputs_embeds without input_ids. Pass input_ids, or "
                     "give the context a prompt of its own."
                 )
             image = getattr(self._base.config, "image_token_id", getattr(self._base.config, "image_token_index", None))
-            if image is not None and image in key[_HEAD:] and not context.items:
+            if image is not None and image in key[HEAD:] and not context.items:
                 raise ValueError(
                     "The prompt holds image tokens, but the auxiliary model was given no image: pass the processor's whole output "
                     "(pixel_values and all) as this context's prompt."
                 )
-        longest = max(len(key) for key in keys) - _HEAD
+        longest = max(len(key) for key in keys) - HEAD
         if self._window is not None and longest > self._window:
             raise ValueError(
                 f"The auxiliary prompt has {longest} tokens, but {type(self._base).__name__} holds {self._window} "
                 "(max_position_embeddings): shorten the prompt (or the negative examples), or use an auxiliary model with a longer window."
             )
-        self._check_ids(max(max(key[_HEAD:], default=0) for key in keys))
+        self._check_ids(max(max(key[HEAD:], default=0) for key in keys))
 
     def _check_padding(self, key: list[int], width: int) -> None:
         """Some models cannot be told where a padded row begins: compare one with itself unpadded, once."""
-        ids = torch.tensor([key[_HEAD:]], device=self._base.device)
+        ids = torch.tensor([key[HEAD:]], device=self._base.device)
         pads = width - len(key)
         padded = nn.functional.pad(ids, (pads, 0))
         mask = nn.functional.pad(torch.ones_like(ids), (pads, 0))
