@@ -9,23 +9,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
+    from hf_logits.trainers.reward_transform import (
+        ConjunctionReward,
+        LogSigmoidCenteredReward,
+        add_reference_rewards,
+        log_sigmoid_centered,
+        reward_model_as_function,
+    )
     from hf_logits.trainers.rpo import RPOConfig, RPOTrainer, rpo_loss
 
 __all__ = [
+    "ConjunctionReward",
     "FDPOConfig",
     "FDPOTrainer",
+    "LogSigmoidCenteredReward",
     "RPOConfig",
     "RPOTrainer",
+    "add_reference_rewards",
     "f_dpo_loss",
+    "log_sigmoid_centered",
+    "reward_model_as_function",
     "rpo_loss",
 ]
 
 _HOMES = {
+    "ConjunctionReward": "reward_transform",
     "FDPOConfig": "f_dpo",
     "FDPOTrainer": "f_dpo",
+    "LogSigmoidCenteredReward": "reward_transform",
     "RPOConfig": "rpo",
     "RPOTrainer": "rpo",
+    "add_reference_rewards": "reward_transform",
     "f_dpo_loss": "f_dpo",
+    "log_sigmoid_centered": "reward_transform",
+    "reward_model_as_function": "reward_transform",
     "rpo_loss": "rpo",
 }
 
