@@ -7,6 +7,7 @@ metrics, PEFT, precomputed references, weightings, auxiliary losses.
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_logits.preferences import check_pairs
@@ -52,6 +53,13 @@ class ReplayMixin(Stock):
                     "was only padded, call `resize_token_embeddings` on it."
                 )
         super().__init__(model, ref_model, args, *rest, **kwargs)
+
+    def record(self, **values: Tensor) -> None:
+        """Log the mean of each value over the processes among the metrics, under the mode that runs."""
+        assert self.model is not None
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for key, value in values.items():
+            metrics[key].append(self.accelerator.gather(value.detach()).mean().item())
 
     def check_dataset(self, dataset: Any, name: str) -> Any:
         """Refuse rows that cannot be learned from. Pairs by default."""

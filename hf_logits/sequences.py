@@ -33,7 +33,11 @@ def sequence_log_probs(
 
 
 def mean_log_prob(
-    log_probs: Float[Tensor, " B"], lengths: Integer[Tensor, " B"], *, reduction: str, items: float | None = None
+    log_probs: Float[Tensor, " B"],
+    lengths: Integer[Tensor, " B"],
+    *,
+    reduction: str,
+    items: float | Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
     """Average sequence log-probs over the batch.
 
