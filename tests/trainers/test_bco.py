@@ -15,7 +15,6 @@ from preferences import equal, logged, make, pairs, unpaired, weights
 
 W = torch.tensor([2.0, -1.0], dtype=torch.float64)
 L = torch.tensor([0.5, -3.0, -2.0], dtype=torch.float64)
-peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 # --- the numbers ---------------------------------------------------------------------------------------------------------
@@ -64,18 +63,18 @@ def test_rewards_and_shift_move_together():
 
 
 def test_the_gradient_is_that_of_the_formula():
-    w, l, weight = (tensor.clone().requires_grad_() for tensor in (W, L, torch.tensor([0.5, 1.5, 10.0]).double()))
+    good, bad, weight = (tensor.clone().requires_grad_() for tensor in (W, L, torch.tensor([0.5, 1.5, 10.0]).double()))
     assert torch.autograd.gradcheck(
-        lambda a, b, c: bco_loss(a, b, beta=0.1, shift=-0.07, undesirable_weights=c), (w, l, weight)
+        lambda a, b, c: bco_loss(a, b, beta=0.1, shift=-0.07, undesirable_weights=c), (good, bad, weight)
     )
 
 
 @pytest.mark.parametrize("size", [1e4, 1e30])
 def test_extreme_log_ratios_stay_finite(size):
-    w, l = (torch.tensor([size, -size, 0.0], requires_grad=True) for _ in range(2))
-    loss = bco_loss(w, l, beta=0.1, shift=0.5)
+    good, bad = (torch.tensor([size, -size, 0.0], requires_grad=True) for _ in range(2))
+    loss = bco_loss(good, bad, beta=0.1, shift=0.5)
     loss.backward()
-    assert loss.isfinite() and w.grad.isfinite().all() and l.grad.isfinite().all()
+    assert loss.isfinite() and good.grad.isfinite().all() and bad.grad.isfinite().all()
 
 
 def test_the_averages_of_each_class_by_hand():
@@ -128,7 +127,6 @@ def by_turns(data: Dataset) -> Dataset:
     return Dataset.from_list(rows)
 
 
-@peft
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("precompute_ref_log_probs", [False, True], ids=["live", "precomputed"])
 @pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
@@ -170,7 +168,6 @@ def test_without_a_shift_it_is_the_pair_loss_of_dpo_bit_for_bit(
     assert [2 * loss for loss in logged(ours, "loss")] == logged(stock, "loss")
 
 
-@peft
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_the_metrics_are_those_of_stock_kto(lora, tmp_path):
     settings = {"data": unpaired(), "lora": lora, "max_steps": 1, "per_device_train_batch_size": 4}

@@ -16,7 +16,6 @@ from preferences import LORA, equal, forwards, logged, make, pairs, tokenizer, u
 
 CHOSEN = torch.tensor([[[1.0, 0.0], [0.5, 1.0]]], dtype=torch.float64)  # S (1.5, 1)
 REJECTED = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]], dtype=torch.float64)  # S (2, 3)
-peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def everything(hidden: Tensor) -> Tensor:
@@ -132,7 +131,6 @@ def test_the_head_is_not_run_and_the_mode_is_kept():
     assert model.training
 
 
-@peft
 def test_adapters_count():
     data, plain = pairs(4), ches_scores(tiny.llama(), pairs(4), tokenizer())
     fresh = get_peft_model(tiny.llama(), LoraConfig(**LORA))
@@ -201,9 +199,9 @@ def test_a_filter_that_cannot_be_meant_is_refused(scores, keep_fraction, message
 # --- the callback --------------------------------------------------------------------------------------------------------
 
 
-@peft
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")  # TRL calls them by their old names
 def test_training_batches_are_logged_at_no_forward_and_without_a_trace(lora, checkpointing, tmp_path):
     settings = {"lora": lora, "gradient_checkpointing": checkpointing, "max_steps": 2}
     plain = make(DPOTrainer, DPOConfig, tmp_path / "plain", **settings)
