@@ -16,6 +16,7 @@ from oracles import word_tokenizer
 
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+_STEPS = ("eval_steps", "logging_steps", "save_steps", "warmup_steps")
 _CHAT = (
     "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' <eos> ' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
@@ -74,7 +75,8 @@ def arguments(config: type, folder: Path | str, **settings: Any) -> Any:
         "dataloader_pin_memory": False,
         "seed": 0,
     }
-    return config(**(quiet | settings))
+    # transformers takes whole numbers of steps for what it annotates as a fraction; the shape checker does not
+    return config(**{key: float(value) if key in _STEPS else value for key, value in (quiet | settings).items()})
 
 
 def make(
