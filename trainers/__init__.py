@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
+    from hf_logits.trainers.multi_objective_gate import (
+        MultiObjectiveGateConfig,
+        MultiObjectiveGateTrainer,
+        cache_embeddings,
+        embed_ratings,
+    )
+    from hf_logits.trainers.multi_objective_reward import MultiObjectiveRewardConfig, MultiObjectiveRewardModel
     from hf_logits.trainers.reward_transform import (
         ConjunctionReward,
         LogSigmoidCenteredReward,
@@ -18,14 +25,21 @@ if TYPE_CHECKING:
     )
     from hf_logits.trainers.rpo import RPOConfig, RPOTrainer, rpo_loss
 
+
 __all__ = [
     "ConjunctionReward",
     "FDPOConfig",
     "FDPOTrainer",
     "LogSigmoidCenteredReward",
+    "MultiObjectiveGateConfig",
+    "MultiObjectiveGateTrainer",
+    "MultiObjectiveRewardConfig",
+    "MultiObjectiveRewardModel",
     "RPOConfig",
     "RPOTrainer",
     "add_reference_rewards",
+    "cache_embeddings",
+    "embed_ratings",
     "f_dpo_loss",
     "log_sigmoid_centered",
     "reward_model_as_function",
@@ -37,9 +51,15 @@ _HOMES = {
     "FDPOConfig": "f_dpo",
     "FDPOTrainer": "f_dpo",
     "LogSigmoidCenteredReward": "reward_transform",
+    "MultiObjectiveGateConfig": "multi_objective_gate",
+    "MultiObjectiveGateTrainer": "multi_objective_gate",
+    "MultiObjectiveRewardConfig": "multi_objective_reward",
+    "MultiObjectiveRewardModel": "multi_objective_reward",
     "RPOConfig": "rpo",
     "RPOTrainer": "rpo",
     "add_reference_rewards": "reward_transform",
+    "cache_embeddings": "multi_objective_gate",
+    "embed_ratings": "multi_objective_gate",
     "f_dpo_loss": "f_dpo",
     "log_sigmoid_centered": "reward_transform",
     "reward_model_as_function": "reward_transform",
