@@ -1,6 +1,6 @@
 """Preference data that cannot be learned from is refused before anything is tokenized."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -26,7 +26,9 @@ def require_columns(dataset: Dataset | IterableDataset, name: str, columns: Iter
         )
 
 
-def refuse_rows(dataset: Dataset | IterableDataset, name: str, faults: dict[str, Any]) -> Dataset | IterableDataset:
+def refuse_rows(
+    dataset: Dataset | IterableDataset, name: str, faults: dict[str, Callable[[Any], bool]]
+) -> Dataset | IterableDataset:
     """Raise `ValueError` if a row has one of the `faults`, each a sentence and the test of a row.
 
     A stream is checked while it is read.
@@ -40,8 +42,12 @@ def refuse_rows(dataset: Dataset | IterableDataset, name: str, faults: dict[str,
             return row
 
         return dataset.map(check, with_indices=True)
-    for sentence, is_faulty in faults.items():
-        rows = [index for index, row in enumerate(dataset) if is_faulty(row)]
+    found: dict[str, list[int]] = {sentence: [] for sentence in faults}
+    for index, row in enumerate(dataset):
+        for sentence, is_faulty in faults.items():
+            if is_faulty(row):
+                found[sentence].append(index)
+    for sentence, rows in found.items():
         if rows:
             raise ValueError(
                 f"{len(rows)} of the {len(dataset)} rows of the {name} dataset (first: {rows[:5]}): {sentence}"
