@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         embed_ratings,
     )
     from hf_logits.trainers.multi_objective_reward import MultiObjectiveRewardConfig, MultiObjectiveRewardModel
+    from hf_logits.trainers.on_policy import build_pairs, mix_datasets, without_negative_gradient
     from hf_logits.trainers.reward_transform import (
         ConjunctionReward,
         LogSigmoidCenteredReward,
@@ -38,12 +39,15 @@ __all__ = [
     "RPOConfig",
     "RPOTrainer",
     "add_reference_rewards",
+    "build_pairs",
     "cache_embeddings",
     "embed_ratings",
     "f_dpo_loss",
     "log_sigmoid_centered",
+    "mix_datasets",
     "reward_model_as_function",
     "rpo_loss",
+    "without_negative_gradient",
 ]
 
 _HOMES = {
@@ -58,12 +62,15 @@ _HOMES = {
     "RPOConfig": "rpo",
     "RPOTrainer": "rpo",
     "add_reference_rewards": "reward_transform",
+    "build_pairs": "on_policy",
     "cache_embeddings": "multi_objective_gate",
     "embed_ratings": "multi_objective_gate",
     "f_dpo_loss": "f_dpo",
     "log_sigmoid_centered": "reward_transform",
+    "mix_datasets": "on_policy",
     "reward_model_as_function": "reward_transform",
     "rpo_loss": "rpo",
+    "without_negative_gradient": "on_policy",
 }
 
 

@@ -1,7 +1,5 @@
 """Log-sigmoid-centred rewards: what is good enough already stops paying, and several rewards combine to a logical AND."""
 
-import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
@@ -11,17 +9,19 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_logits.checks import check_count, check_number
 from hf_logits.completions import conversation_text
-
-
-RewardFunction = Callable[..., Sequence[float | None]]
-"""As TRL calls it: `reward(prompts=..., completions=..., **columns)`, one number for each completion or `None`."""
-Generate = Callable[..., list[list[Any]]]
-"""`generate(prompts, num_samples=n)`: `n` completions for each prompt."""
+from hf_logits.rewards import (
+    Generate,
+    RewardFunction,
+    call_reward,
+    check_reward_function,
+    rated_samples,
+    reward_name,
+)
 
 
 def log_sigmoid_centered(
@@ -103,15 +103,15 @@ class LogSigmoidCenteredReward:
         scale: float | int = 1.0,
         name: str | None = None,
     ):
-        self.reward = _check_function(reward)
+        self.reward = check_reward_function(reward)
         self.reference = reference if isinstance(reference, str) or callable(reference) else float(reference)
         self.scale = check_number("scale", scale, minimum=0.0, above=True)
         if isinstance(self.reference, float):
             check_number("reference", self.reference)
-        self.__name__ = name or f"log_sigmoid_{_name(reward)}"
+        self.__name__ = name or f"log_sigmoid_{reward_name(reward)}"
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        raw = _call(self.reward, prompts, completions, columns)
+        raw = call_reward(self.reward, prompts, completions, columns)
         references = self._references(prompts, columns)
         rows = [row for row, reward in enumerate(raw) if reward is not None]
         if missing := [row for row in rows if references[row] is None or math.isnan(references[row])]:
@@ -158,7 +158,7 @@ class ConjunctionReward:
         for reward in self.rewards:
             if not isinstance(reward, LogSigmoidCenteredReward):
                 raise TypeError(
-                    f"A conjunction sums log-probabilities: wrap {_name(reward)} in LogSigmoidCenteredReward, with its reference."
+                    f"A conjunction sums log-probabilities: wrap {reward_name(reward)} in LogSigmoidCenteredReward, with its reference."
                 )
         self.__name__ = name
 
@@ -244,55 +244,12 @@ def add_reference_rewards(
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(f"A reference is worked out once for each row of a Dataset; got {type(dataset).__name__}.")
-    if "prompt" not in dataset.column_names or column in dataset.column_names:
-        raise ValueError(f"Needs a column 'prompt', and {column!r} must be new; got {dataset.column_names}.")
-    _check_function(reward)
+    if column in dataset.column_names:
+        raise ValueError(f"The new column {column!r} is there already: {dataset.column_names}.")
     references: list[float] = []
-    for start in range(0, len(dataset), batch_size):
-        batch = dataset[start : start + batch_size]
-        samples = generate(batch["prompt"], num_samples=num_samples)
-        if [len(own) for own in samples] != [num_samples] * len(batch["prompt"]):
-            raise ValueError(f"generate must return {num_samples} completions for each prompt.")
-        copies = {key: [value for value in values for _ in range(num_samples)] for key, values in batch.items()}
-        raw = _call(reward, copies.pop("prompt"), [c for own in samples for c in own], copies)
-        for row in range(len(samples)):
-            given = [value for value in raw[row * num_samples : (row + 1) * num_samples] if value is not None]
-            if not given:
-                raise ValueError(f"No sample for the prompt {batch['prompt'][row]!r} has a reward.")
-            rewards = torch.tensor([given], dtype=torch.float64)
-            references += normal_quantile(rewards, quantile=quantile).tolist()
+    for prompt, _, raw in rated_samples(dataset, generate, reward, num_samples=num_samples, batch_size=batch_size):
+        given = [value for value in raw if value is not None]
+        if not given:
+            raise ValueError(f"No sample for the prompt {prompt!r} has a reward.")
+        references += normal_quantile(torch.tensor([given], dtype=torch.float64), quantile=quantile).tolist()
     return dataset.add_column(column, references)
-
-
-def _call(
-    reward: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]
-) -> list[float | None]:
-    raw = [r if r is None else float(r) for r in reward(prompts=prompts, completions=completions, **columns)]
-    if len(raw) != len(completions):
-        raise ValueError(f"{_name(reward)} returned {len(raw)} rewards for {len(completions)} completions.")
-    for row, value in enumerate(raw):
-        if value is not None and not math.isfinite(value):
-            raise ValueError(
-                f"{_name(reward)} returned {value} for the completion {completions[row]!r}. Return a finite number, or None "
-                "where the reward does not apply."
-            )
-    return raw
-
-
-def _name(reward: Any) -> str:
-    if isinstance(reward, functools.partial):
-        return _name(reward.func)
-    if isinstance(reward, LogSigmoidCenteredReward) or inspect.isroutine(reward):
-        return reward.__name__
-    return type(reward).__name__
-
-
-def _check_function(reward: Any) -> RewardFunction:
-    if isinstance(reward, nn.Module | str):
-        raise TypeError("A reward model must become a function first: reward_model_as_function(model, tokenizer).")
-    plain = reward.func if isinstance(reward, functools.partial) else reward
-    if not callable(plain):
-        raise TypeError(f"A reward must be a function, got {reward!r}.")
-    if inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(type(plain).__call__):
-        raise TypeError(f"{_name(reward)} is asynchronous; only ordinary reward functions can be transformed.")
-    return reward

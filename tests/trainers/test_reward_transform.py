@@ -281,7 +281,7 @@ def test_sampling_greedily_is_generate_row_by_row():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"column": "prompt"}, "must be new"),
+        ({"column": "prompt"}, "there already"),
         ({"generate": lambda prompts, num_samples: [["w6"] for _ in prompts]}, "2 completions for each"),
         ({"reward": lambda completions, **_: [None for _ in completions]}, "No sample for the prompt"),
         ({"reward": lambda completions, **_: [math.nan for _ in completions]}, "returned nan"),
