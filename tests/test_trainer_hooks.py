@@ -338,3 +338,38 @@ def test_a_trainer_without_args_makes_its_own_config(tmp_path, monkeypatch):
     )
     trainer(model=tiny.llama(0), ref_model=tiny.llama(1), train_dataset=pairs(), processing_class=tokenizer())
     assert made == ["-DPO"]
+
+
+def mixture_of_experts():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": True}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=64, router_aux_loss_coef=0.5, **shape, **experts))
+
+
+@both
+def test_the_auxiliary_loss_of_experts_stays(kind, tmp_path):
+    _, config, data, own, _ = STOCK[kind]
+    trainers = [
+        make(trainer, config, tmp_path, data=data(), model=mixture_of_experts(), **own)
+        for trainer in (STOCK[kind][0], replaying(kind))
+    ]
+    with hook(f"{kind}Trainer.aux_loss_enabled", "router logits are asked for, and their loss added and logged"):
+        for trainer in trainers:
+            trainer.train()
+        assert equal(*map(weights, trainers))
+        assert logged(trainers[0], "aux_loss") == logged(trainers[1], "aux_loss") != []
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+@both
+def test_logits_can_be_asked_for(kind, tmp_path):
+    _, config, data, own, _ = STOCK[kind]
+    trainer = make(replaying(kind), config, tmp_path, data=data(), **own)
+    batch = one_batch(trainer)
+    with hook(f"{kind}Trainer.compute_loss", "with return_outputs it runs the model for logits, and returns both"):
+        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        assert torch.equal(loss, trainer.compute_loss(trainer.model, batch))
+        assert outputs.logits.shape == (*batch["input_ids"].shape, 64)

@@ -247,3 +247,27 @@ def test_evaluation_scores_as_training_does(tmp_path):
     )  # fmt: skip
     ours.train()
     assert ours.evaluate()["eval_loss"] == pytest.approx(logged(ours, "loss")[0], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+def test_virtual_tokens_of_prompt_tuning_are_left_out(tmp_path):
+    from peft import PromptTuningConfig
+
+    import tiny
+    from preferences import tokenizer
+
+    losses = []
+    for trainer, config, settings in (
+        (DPOTrainer, DPOConfig, {"f_divergence_type": "js_divergence"}),
+        (FDPOTrainer, FDPOConfig, {"divergence": "js"}),
+    ):
+        tuned = trainer(
+            model=tiny.llama(0),
+            args=arguments(config, tmp_path, **settings),
+            train_dataset=pairs(),
+            processing_class=tokenizer(),
+            peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        )
+        tuned.train()
+        losses.append(logged(tuned, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
