@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import hf_logits.trainers
-from preferences import distance, equal, logged, make, pairs, weights
+from preferences import distance, equal, logged, make, pairs, unpaired, weights
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     data: Callable[..., Any] = pairs
     label: str = ""
+    refuses: frozenset[str] = frozenset()
+    """Settings that cannot be had together with these."""
 
     def make(self, folder: Path | str, *, conversational: bool = False, **settings: Any) -> Any:
         trainer, config = (getattr(hf_logits.trainers, f"{self.name}{part}") for part in ("Trainer", "Config"))
@@ -43,6 +45,15 @@ ROWS = [
     Row("RPO", {"rpo_eta": 0.5}, label="sum"),
     Row("RPO", {"rpo_eta": 0.2, "rpo_reduction": "mean"}, label="mean"),
     Row("RPO", {"rpo_eta": 0.2, "rpo_reduction": "token_mean"}, label="token-mean"),
+    Row("BCO", {"train_sampling_strategy": "sequential"}, data=unpaired),
+    Row("Entanglement", {"gradient_norm": "hidden"}, label="hidden"),
+    Row("Entanglement", {"gradient_norm": "full"}, label="full"),
+    Row(
+        "Entanglement",
+        {"gradient_norm": "none", "token_mask": "learned"},
+        label="learned-masks",
+        refuses=frozenset({"precompute_ref_log_probs"}),
+    ),
 ]
 STEEP = {"optim": "sgd", "learning_rate": 1e-2, "max_steps": 2}
 """Plain gradient descent: Adam would blow up what differs in the last digit of a small gradient."""
@@ -140,6 +151,10 @@ def test_bf16_is_near_float32(row, tmp_path):
     "settings", [{"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}], ids=lambda s: next(iter(s))
 )
 def test_settings_that_cost_or_save_memory_change_nothing(row, settings, tmp_path):
+    if row.refuses & settings.keys():
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            row.make(tmp_path, **settings)
+        return
     trainers = [row.make(tmp_path / str(index), **more) for index, more in enumerate(({}, settings))]
     for trainer in trainers:
         trainer.train()

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from hf_logits.trainers.bco import BCOConfig, BCOTrainer, bco_loss
+    from hf_logits.trainers.ches import CHESCallback, ches_from_hidden, ches_scores, filter_by_ches
+    from hf_logits.trainers.entanglement import EntanglementConfig, EntanglementTrainer
+    from hf_logits.trainers.entanglement_callback import EntanglementCallback
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
     from hf_logits.trainers.multi_objective_gate import (
         MultiObjectiveGateConfig,
@@ -28,7 +32,13 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "BCOConfig",
+    "BCOTrainer",
+    "CHESCallback",
     "ConjunctionReward",
+    "EntanglementCallback",
+    "EntanglementConfig",
+    "EntanglementTrainer",
     "FDPOConfig",
     "FDPOTrainer",
     "LogSigmoidCenteredReward",
@@ -39,10 +49,14 @@ __all__ = [
     "RPOConfig",
     "RPOTrainer",
     "add_reference_rewards",
+    "bco_loss",
     "build_pairs",
     "cache_embeddings",
+    "ches_from_hidden",
+    "ches_scores",
     "embed_ratings",
     "f_dpo_loss",
+    "filter_by_ches",
     "log_sigmoid_centered",
     "mix_datasets",
     "reward_model_as_function",
@@ -51,7 +65,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BCOConfig": "bco",
+    "BCOTrainer": "bco",
+    "CHESCallback": "ches",
     "ConjunctionReward": "reward_transform",
+    "EntanglementCallback": "entanglement_callback",
+    "EntanglementConfig": "entanglement",
+    "EntanglementTrainer": "entanglement",
     "FDPOConfig": "f_dpo",
     "FDPOTrainer": "f_dpo",
     "LogSigmoidCenteredReward": "reward_transform",
@@ -62,10 +82,14 @@ _HOMES = {
     "RPOConfig": "rpo",
     "RPOTrainer": "rpo",
     "add_reference_rewards": "reward_transform",
+    "bco_loss": "bco",
     "build_pairs": "on_policy",
     "cache_embeddings": "multi_objective_gate",
+    "ches_from_hidden": "ches",
+    "ches_scores": "ches",
     "embed_ratings": "multi_objective_gate",
     "f_dpo_loss": "f_dpo",
+    "filter_by_ches": "ches",
     "log_sigmoid_centered": "reward_transform",
     "mix_datasets": "on_policy",
     "reward_model_as_function": "reward_transform",
