@@ -1,10 +1,12 @@
 """The hidden states of a language model behind its last norm: what its head reads, without running the head."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +30,63 @@ def watch_hidden(model: PreTrainedModel | PeftModel) -> Iterator[list[Float[Tens
         yield seen
     finally:
         handle.remove()
+
+
+Fork = tuple[Sequence[int], Sequence[int], Sequence[int]]
+"""The ids of a prompt and of two continuations."""
+
+
+def pack_forks(
+    forks: Sequence[Fork], *, pad: int, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], Bool[Tensor, "B L"], Bool[Tensor, "B L"]]:
+    """One row for each prompt with both of its continuations, which do not see each other: prompts are read once.
+
+    Returns the arguments of a backbone, and where the hidden states are that predict either continuation.
+    """
+    width = max(sum(map(len, fork)) for fork in forks)
+    ids = torch.full((len(forks), width), pad)
+    positions = torch.zeros_like(ids)
+    sees = torch.eye(width, dtype=torch.bool).repeat(
+        len(forks), 1, 1
+    )  # padding sees itself: a softmax needs something
+    predicts = torch.zeros(2, len(forks), width, dtype=torch.bool)
+    for row, (prompt, first, second) in enumerate(forks):
+        start, fork, end = len(prompt), len(prompt) + len(first), len(prompt) + len(first) + len(second)
+        ids[row, :end] = torch.tensor([*prompt, *first, *second])
+        positions[row, :end] = torch.tensor([*range(fork), *range(start, start + len(second))])
+        sees[row, :end, :end] = torch.ones(end, end, dtype=torch.bool).tril()
+        sees[row, fork:end, start:fork] = False
+        for which, places in enumerate(([*range(start, fork)], [*range(fork, end)])):
+            # a token is predicted one place before it, the first one at the end of the prompt
+            before = [start - 1, *places[:-1]] if places else []
+            predicts[which, row, before if start else before[1:]] = True
+    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, None]}, predicts[0], predicts[1]
+
+
+@torch.no_grad()
+def reads_forks(body: nn.Module, fork: Fork, *, pad: int) -> bool:
+    """Whether a backbone reads a packed fork as it reads both continuations alone, tried out on this one.
+
+    State-space layers and sliding windows do not, nor do attention kernels without masks.
+    """
+    config: Any = body.config
+    if (
+        config._attn_implementation not in ("eager", "sdpa")
+        or "position_ids" not in inspect.signature(body.forward).parameters
+    ):
+        return False
+    parameter = next(body.parameters())
+    inputs, *places = pack_forks([fork], pad=pad, dtype=parameter.dtype)
+    inputs = {key: value.to(parameter.device) for key, value in inputs.items()}
+    packed = body(**inputs, use_cache=False).last_hidden_state[0]
+    for continuation, place in zip(fork[1:], places, strict=True):
+        ids = torch.tensor([[*fork[0], *continuation]], device=parameter.device)
+        alone = body(input_ids=ids, use_cache=False).last_hidden_state[0, max(len(fork[0]) - 1, 0) : -1]
+        difference = packed[place[0].to(parameter.device)] - alone
+        if difference.numel() and difference.abs().max() > torch.finfo(parameter.dtype).eps ** 0.5 * alone.abs().max():
+            return False
+    return True
 
 
 @torch.no_grad()

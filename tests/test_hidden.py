@@ -6,13 +6,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from hf_logits.hidden import backbone, embed_texts, watch_hidden
+from hf_logits.hidden import backbone, embed_texts, pack_forks, reads_forks, watch_hidden
 from oracles import word_tokenizer
-from tiny import VOCAB, llama, prompts
-from tiny import gpt2 as tiny_gpt2
+from tiny import PAD, VOCAB, gpt2, llama, mamba, mistral, prompts
 
 
-@pytest.mark.parametrize("build", [llama, tiny_gpt2])
+@pytest.mark.parametrize("build", [llama, gpt2])
 def test_the_head_on_the_backbone_is_the_model(build):
     model = build()
     ids, mask = prompts(padded=False)
@@ -44,6 +43,42 @@ def test_watching_takes_part_in_the_graph_and_ends_with_the_block():
     assert len(seen) == 1
     (gradient,) = torch.autograd.grad(logits.sum(), seen[0])
     assert torch.allclose(gradient, model.lm_head.weight.sum(0).expand_as(gradient), atol=1e-5)
+
+
+def test_a_fork_is_packed_by_hand():
+    inputs, first, second = pack_forks([([5, 6], [7, 8], [9]), ([4], [], [3, 2])], pad=PAD, dtype=torch.float32)
+    assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9], [4, 3, 2, PAD, PAD]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 0, 0]]
+    assert (inputs["attention_mask"][0, 0] == 0).tolist() == [
+        [True, False, False, False, False],
+        [True, True, False, False, False],
+        [True, True, True, False, False],
+        [True, True, True, True, False],
+        [True, True, False, False, True],  # the second continuation sees the prompt and itself
+    ]
+    assert first.tolist() == [[False, True, True, False, False], [False] * 5]
+    assert second.tolist() == [[False, True, False, False, False], [True, True, False, False, False]]
+
+
+def test_the_first_token_after_no_prompt_is_not_predicted():
+    _, first, second = pack_forks([([], [7, 8], [9, 5])], pad=PAD, dtype=torch.float32)
+    assert first.tolist() == [[True, False, False, False]]
+    assert second.tolist() == [[False, False, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("build", "fork", "expected"),
+    [
+        (llama, ([5, 6, 7], [8, 9, 10], [11, 12]), True),
+        (gpt2, ([5, 6, 7], [8, 9, 10], [11, 12]), True),
+        (gpt2, ([], [8, 9, 10], [11, 12]), True),
+        (mistral, ([5], [8, 9], [11]), True),
+        (mistral, ([5, 6, 7, 8], [8, 9, 10, 11], [11, 12, 13]), False),  # longer than its window
+        (mamba, ([5, 6, 7], [8, 9, 10], [11, 12]), False),
+    ],
+)
+def test_models_that_cannot_read_a_fork_are_found_out(build, fork, expected):
+    assert reads_forks(backbone(build()), fork, pad=PAD) == expected
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,6 +1,7 @@
 """CHES: which preference pairs will push the chosen completion down, read off the hidden states before training."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,14 +9,14 @@ import torch
 from datasets import Dataset
 from jaxtyping import Bool, Float, Integer
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.utils import logging
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hf_logits.checks import check_number
-from hf_logits.hidden import backbone
+from hf_logits.hidden import Fork, backbone, pack_forks, reads_forks
 from hf_logits.preferences import require_columns
 
 
@@ -59,13 +60,14 @@ def ches_scores(
     length_normalize: bool = True,
     max_length: int | None = 1024,
     truncation_mode: str = "keep_start",
-    tokens_per_batch: int = 1024,
+    tokens_per_batch: int = 256,
 ) -> Float[Tensor, " N"]:
     """CHES of every pair of a preference dataset under the model that is to be trained. Drop the highest.
 
     Razin et al. 2024, "Unintentional Unalignment: Likelihood Displacement in Direct Preference Optimization"
     (https://huggingface.co/papers/2410.08847). The hidden states are those behind the last norm. One batched pass through the
-    backbone, without the LM head; padding does not enter. Completions end as in training, with the end-of-sequence token.
+    backbone, without the LM head, in which a prompt is read once for both completions if the model's attention allows that;
+    padding does not enter. Completions end as in training, with the end-of-sequence token.
 
     Args:
         model: the causal language model before training; adapters of a PeftModel are active.
@@ -74,40 +76,64 @@ def ches_scores(
         processing_class: the tokenizer of training, with its chat template.
         length_normalize (`bool`, *optional*, defaults to `True`): the paper's choice for filtering data.
         max_length, truncation_mode: as in `DPOConfig`. A completion that is cut away entirely gives NaN.
-        tokens_per_batch (`int`, *optional*, defaults to `1024`): how much, padding included, goes through at a time.
+        tokens_per_batch (`int`, *optional*, defaults to `256`): how much, padding included, goes through at a time. Raise it on an accelerator.
 
     Returns:
         One float32 score a row, NaN where a completion is empty.
     """
     if "prompt_ids" not in dataset.column_names:
         dataset = _tokenize(dataset, processing_class)
-    rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-    pad = processing_class.pad_token_id
-    collate = DataCollatorForPreference(
-        pad_token_id=processing_class.eos_token_id if pad is None else pad,
-        max_length=max_length,
-        truncation_mode=truncation_mode,
-    )
-    lengths = [
-        min(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])), max_length or 1 << 62)
-        for row in rows
-    ]
-    scores = torch.full((len(rows),), torch.nan)
+    known = processing_class.pad_token_id
+    pad = processing_class.eos_token_id if known is None else known
+    forks = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in dataset]
+    if max_length is not None and truncation_mode == "keep_start":
+        left = [max(max_length - len(prompt), 0) for prompt, _, _ in forks]
+        forks = [(p[:max_length], w[:room], r[:room]) for (p, w, r), room in zip(forks, left, strict=True)]
+    scores = torch.full((len(forks),), torch.nan)
+    if not forks:
+        return scores
     body, training = backbone(model), model.training
     model.eval()
     try:
-        for batch in _batches(lengths, tokens_per_batch // 2):
-            inputs = {key: value.to(model.device) for key, value in collate([rows[index] for index in batch]).items()}
-            scores[batch] = _ches_of_batch(body, inputs, length_normalize).cpu()
+        longest = max(forks, key=lambda fork: sum(map(len, fork)))
+        if truncation_mode == "keep_start" and reads_forks(body, longest, pad=pad):
+            sizes = [sum(map(len, fork)) for fork in forks]
+            score = partial(_packed_ches, body, pad)
+        else:
+            sizes = [2 * (len(prompt) + max(map(len, completions))) for prompt, *completions in forks]
+            collate = DataCollatorForPreference(
+                pad_token_id=pad, max_length=max_length, truncation_mode=truncation_mode
+            )
+            score = partial(_plain_ches, body, collate)
+        for batch in _batches(sizes, tokens_per_batch):
+            scores[batch] = score([forks[index] for index in batch], length_normalize).cpu()
     finally:
         model.train(training)
     return scores
 
 
 @torch.no_grad()
-def _ches_of_batch(body: torch.nn.Module, inputs: dict[str, Tensor], length_normalize: bool) -> Float[Tensor, " B"]:
-    output = body(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-    return _ches_of_rows(output.last_hidden_state, inputs["completion_mask"], length_normalize)
+def _packed_ches(body: nn.Module, pad: int, forks: list[Fork], length_normalize: bool) -> Float[Tensor, " B"]:
+    """A row a pair: the prompt is read once."""
+    parameter = next(body.parameters())
+    inputs, *masks = pack_forks(forks, pad=pad, dtype=parameter.dtype)
+    hidden = body(
+        **{key: value.to(parameter.device) for key, value in inputs.items()}, use_cache=False
+    ).last_hidden_state
+    chosen, rejected = (mask.to(parameter.device) for mask in masks)
+    return ches_from_hidden(hidden, chosen, hidden, rejected, length_normalize=length_normalize)
+
+
+@torch.no_grad()
+def _plain_ches(
+    body: nn.Module, collate: DataCollatorForPreference, forks: list[Fork], length_normalize: bool
+) -> Float[Tensor, " B"]:
+    """A row a completion, as in training."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    inputs = collate([dict(zip(names, map(list, fork), strict=True)) for fork in forks])
+    inputs = {key: value.to(next(body.parameters()).device) for key, value in inputs.items()}
+    mask = inputs.pop("completion_mask")
+    return _ches_of_rows(body(**inputs, use_cache=False).last_hidden_state, mask, length_normalize)
 
 
 def _ches_of_rows(
@@ -122,11 +148,11 @@ def _ches_of_rows(
     return ches_from_hidden(chosen, chosen_mask, rejected, rejected_mask, length_normalize=length_normalize)
 
 
-def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Indices, longest first and of like length, so that what is padded stays within the budget."""
+def _batches(sizes: list[int], budget: int) -> Iterator[list[int]]:
+    """Indices, largest first and of like size, so that what is padded stays within the budget."""
     batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        if batch and (len(batch) + 1) * sizes[batch[0]] > budget:
             yield batch
             batch = []
         batch.append(index)
