@@ -65,7 +65,7 @@ def run(name, small, out, *arguments, launch=()):
         [*map(str, command), *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,8 +87,8 @@ def test_two_processes_and_data_of_ones_own(small, tmp_path):
     data.mkdir()
     for split in ("train", "test"):
         preferences.pairs(8).to_json(data / f"{split}.jsonl")
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
     run("rpo", small, out, "--dataset_name", data, launch=launch)
     assert json.loads((out / "eval_results.json").read_text())["eval_loss"] > 0
 

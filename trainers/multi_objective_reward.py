@@ -118,6 +118,7 @@ class MultiObjectiveRewardConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+@no_type_check  # a ModelOutput may also be made from one dict
 @dataclass
 class MultiObjectiveRewardOutput(ModelOutput):
     """What the model returns.

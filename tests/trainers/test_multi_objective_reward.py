@@ -1,11 +1,16 @@
 """The multi-objective reward model: its two stages against numbers by hand, its texts against rows one by one, its life in TRL."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
@@ -256,8 +261,9 @@ def test_cached_embeddings_give_the_scores_of_the_texts():
     torch.testing.assert_close(output.score[5:], scores)
 
 
-def test_only_the_gate_is_trained(tmp_path):
-    trainer = gate_trainer(tmp_path)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_only_the_gate_is_trained(bf16, tmp_path):
+    trainer = gate_trainer(tmp_path, bf16=bf16)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.train()
     changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
@@ -294,6 +300,49 @@ def test_accumulated_steps_are_one_large_one(tmp_path):
         trained.append(preferences.weights(trainer))
     assert preferences.distance(trained[0], trained[1]) < 1e-6
     assert preferences.distance(trained[0], trained[2]) < 1e-6
+
+
+PROGRAM = """
+import sys
+from safetensors.torch import save_file
+from test_multi_objective_reward import armo, gate_trainer, preferences
+trainer = gate_trainer(sys.argv[1] + "/run", armo(gate_dropout=0.0), per_device_train_batch_size=2, optim="sgd", learning_rate=0.1)
+assert trainer.accelerator.num_processes == 2
+trainer.train()
+trainer.evaluate()
+if trainer.accelerator.is_main_process:
+    save_file(preferences.weights(trainer), sys.argv[1] + "/two.safetensors")
+trainer.accelerator.wait_for_everyone()
+import torch
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_do_what_one_does_with_twice_the_batch(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launch += ["--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
+    here = Path(__file__).parent
+    paths = map(str, (here, here.parent, here.parents[1]))
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    done = subprocess.run(
+        [*launch, str(tmp_path / "program.py"), str(tmp_path)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    one = gate_trainer(tmp_path, armo(gate_dropout=0.0), per_device_train_batch_size=4, optim="sgd", learning_rate=0.1)
+    start = preferences.weights(one)
+    one.train()
+    moved = preferences.distance(start, preferences.weights(one))
+    assert preferences.distance(load_file(tmp_path / "two.safetensors"), preferences.weights(one)) < 1e-3 * moved
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
