@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
@@ -138,6 +138,12 @@ def test_adapters_count():
     torch.manual_seed(0)
     other = get_peft_model(tiny.llama(), LoraConfig(init_lora_weights=False, **LORA))
     assert not torch.allclose(ches_scores(other, data, tokenizer()), plain)
+
+
+def test_virtual_tokens_are_refused():
+    model = get_peft_model(tiny.llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="virtual tokens of prompt learning"):
+        ches_scores(model, pairs(2), tokenizer())
 
 
 def test_what_is_cut_away_has_no_score():
