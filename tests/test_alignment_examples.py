@@ -93,6 +93,22 @@ def test_two_processes_and_data_of_ones_own(small, tmp_path):
     assert json.loads((out / "eval_results.json").read_text())["eval_loss"] > 0
 
 
+@pytest.mark.slow
+def test_the_demonstration_of_displacement_leaves_a_table_and_a_figure(sentences, small, tmp_path):
+    command = [sys.executable, FOLDER / "displacement.py", "--model", small, "--output", tmp_path / "out"]
+    command += ["--steps", "4", "--pairs", "8", "--learning-rate", "1e-3"]
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out" / "displacement.md").read_text().count("| RPO |") == 3
+    assert (tmp_path / "out" / "displacement.png").stat().st_size > 10_000
+
+
 def test_every_script_has_its_settings():
     scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "displacement"}
     assert scripts == set(PAPERS) == {path.stem for path in FOLDER.glob("*.yaml")}
