@@ -1,1 +1,108 @@
-"""Training objectives on logits, one a file. Installed as `hf_logits.trainers`, with the extra `hf_logits[train]`."""
+"""Training objectives on logits, one a file. Installed as `hf_logits.trainers`, with the extra `hf_logits[train]`.
+
+The names below are imported when they are first asked for, so that one objective does not load what another one needs.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from hf_logits.trainers.bco import BCOConfig, BCOTrainer, bco_loss
+    from hf_logits.trainers.ches import CHESCallback, ches_from_hidden, ches_scores, filter_by_ches
+    from hf_logits.trainers.entanglement import EntanglementConfig, EntanglementTrainer
+    from hf_logits.trainers.entanglement_callback import EntanglementCallback
+    from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
+    from hf_logits.trainers.multi_objective_gate import (
+        MultiObjectiveGateConfig,
+        MultiObjectiveGateTrainer,
+        cache_embeddings,
+        embed_ratings,
+    )
+    from hf_logits.trainers.multi_objective_reward import MultiObjectiveRewardConfig, MultiObjectiveRewardModel
+    from hf_logits.trainers.on_policy import build_pairs, mix_datasets, without_negative_gradient
+    from hf_logits.trainers.reward_transform import (
+        ConjunctionReward,
+        LogSigmoidCenteredReward,
+        add_reference_rewards,
+        log_sigmoid_centered,
+        reward_model_as_function,
+    )
+    from hf_logits.trainers.rpo import RPOConfig, RPOTrainer, rpo_loss
+
+
+__all__ = [
+    "BCOConfig",
+    "BCOTrainer",
+    "CHESCallback",
+    "ConjunctionReward",
+    "EntanglementCallback",
+    "EntanglementConfig",
+    "EntanglementTrainer",
+    "FDPOConfig",
+    "FDPOTrainer",
+    "LogSigmoidCenteredReward",
+    "MultiObjectiveGateConfig",
+    "MultiObjectiveGateTrainer",
+    "MultiObjectiveRewardConfig",
+    "MultiObjectiveRewardModel",
+    "RPOConfig",
+    "RPOTrainer",
+    "add_reference_rewards",
+    "bco_loss",
+    "build_pairs",
+    "cache_embeddings",
+    "ches_from_hidden",
+    "ches_scores",
+    "embed_ratings",
+    "f_dpo_loss",
+    "filter_by_ches",
+    "log_sigmoid_centered",
+    "mix_datasets",
+    "reward_model_as_function",
+    "rpo_loss",
+    "without_negative_gradient",
+]
+
+_HOMES = {
+    "BCOConfig": "bco",
+    "BCOTrainer": "bco",
+    "CHESCallback": "ches",
+    "ConjunctionReward": "reward_transform",
+    "EntanglementCallback": "entanglement_callback",
+    "EntanglementConfig": "entanglement",
+    "EntanglementTrainer": "entanglement",
+    "FDPOConfig": "f_dpo",
+    "FDPOTrainer": "f_dpo",
+    "LogSigmoidCenteredReward": "reward_transform",
+    "MultiObjectiveGateConfig": "multi_objective_gate",
+    "MultiObjectiveGateTrainer": "multi_objective_gate",
+    "MultiObjectiveRewardConfig": "multi_objective_reward",
+    "MultiObjectiveRewardModel": "multi_objective_reward",
+    "RPOConfig": "rpo",
+    "RPOTrainer": "rpo",
+    "add_reference_rewards": "reward_transform",
+    "bco_loss": "bco",
+    "build_pairs": "on_policy",
+    "cache_embeddings": "multi_objective_gate",
+    "ches_from_hidden": "ches",
+    "ches_scores": "ches",
+    "embed_ratings": "multi_objective_gate",
+    "f_dpo_loss": "f_dpo",
+    "filter_by_ches": "ches",
+    "log_sigmoid_centered": "reward_transform",
+    "mix_datasets": "on_policy",
+    "reward_model_as_function": "reward_transform",
+    "rpo_loss": "rpo",
+    "without_negative_gradient": "on_policy",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

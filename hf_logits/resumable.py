@@ -1,0 +1,43 @@
+"""What a trainer knows beside the weights, saved with every checkpoint and back when training resumes."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer
+
+
+Stock: Any = Trainer if TYPE_CHECKING else object
+
+
+class ResumableMixin(Stock):
+    """Goes in front of a [`~transformers.Trainer`]. The state lies beside that of the optimizer, and lives as long."""
+
+    _state_file: str
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """What has to be saved; nothing if empty."""
+        raise NotImplementedError
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what [`extra_state`] gave."""
+        raise NotImplementedError
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self.extra_state()
+        if state and self.args.should_save:
+            save_file(state, os.path.join(output_dir, self._state_file))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.extra_state():
+            return
+        path = os.path.join(checkpoint, self._state_file)
+        if not os.path.exists(path):
+            raise ValueError(
+                f"{checkpoint} has no {self._state_file}: it was saved by another trainer, or with other settings than "
+                f"this {type(self).__name__}'s. Start from its weights instead of resuming."
+            )
+        self.load_extra_state(load_file(path))

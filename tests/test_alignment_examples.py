@@ -1,0 +1,126 @@
+"""Each training example runs from its YAML file, on a tiny model and sentences made up here, and leaves a model and its card."""
+
+import io
+import json
+import os
+import random
+import runpy
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import preferences
+import tiny
+
+
+FOLDER = Path(__file__).parents[1] / "examples" / "alignment"
+PAPERS = {
+    "bco": "2404.04656",
+    "f_dpo": "2309.16240",
+    "rpo": "2405.16436",
+    "entanglement": "2410.13828",
+    "armo": "2406.12845",
+    "conjunction": "2402.03300",  # GRPO's
+}
+
+
+@pytest.fixture
+def sentences(monkeypatch, tmp_path):
+    """A package of rated sentences like that of vaderSentiment 0.5, in the cache."""
+    rng = random.Random(0)
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        for kind in ("amazonReviewSnippets", "movieReviewSnippets"):
+            lines = []
+            for index in range(300):
+                text = " ".join(["great" if index % 2 else "terrible", *(f"w{rng.randint(6, 63)}" for _ in range(5))])
+                lines.append(f"{index}\t{2.5 if index % 2 else -2.5}\t{text}")
+            data = "\n".join(lines).encode()
+            member = tarfile.TarInfo(f"hutto_ICWSM_2014/{kind}_GroundTruth.txt")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    monkeypatch.setenv("HF_LOGITS_CACHE", str(tmp_path))
+    with zipfile.ZipFile(tmp_path / "vaderSentiment-0.5.zip", "w") as package:
+        package.writestr("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The folder of a tiny model and its tokenizer."""
+    tiny.llama().save_pretrained(tmp_path / "tiny")
+    preferences.tokenizer().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def run(name, small, out, *arguments, launch=()):
+    """As on the command line."""
+    command = [sys.executable, *launch, FOLDER / f"{name}.py", "--config", FOLDER / f"{name}.yaml"]
+    command += ["--model_name_or_path", small, "--output_dir", out, "--max_steps", 2, "--disable_tqdm", "true"]
+    done = subprocess.run(
+        [*map(str, command), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_example_trains_saves_and_names_its_paper(name, sentences, small, tmp_path):
+    out = tmp_path / "out"
+    run(name, small, out, "--use_cpu", "true")
+    assert PAPERS[name] in (out / "README.md").read_text()
+    weights = "model.safetensors" if name == "armo" else "adapter_model.safetensors"
+    assert (out / weights).is_file() and (out / "eval_results.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_and_data_of_ones_own(small, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    for split in ("train", "test"):
+        preferences.pairs(8).to_json(data / f"{split}.jsonl")
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
+    run("rpo", small, out, "--dataset_name", data, launch=launch)
+    assert json.loads((out / "eval_results.json").read_text())["eval_loss"] > 0
+
+
+@pytest.mark.slow
+def test_the_demonstration_of_displacement_leaves_a_table_and_a_figure(sentences, small, tmp_path):
+    command = [sys.executable, FOLDER / "displacement.py", "--model", small, "--output", tmp_path / "out"]
+    command += ["--steps", "4", "--pairs", "8", "--learning-rate", "1e-3"]
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out" / "displacement.md").read_text().count("| RPO |") == 3
+    assert (tmp_path / "out" / "displacement.png").stat().st_size > 10_000
+
+
+def test_every_script_has_its_settings():
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "displacement"}
+    assert scripts == set(PAPERS) == {path.stem for path in FOLDER.glob("*.yaml")}
+    for name in scripts:
+        assert yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["output_dir"] == f"examples/output/{name}"
+
+
+def test_one_word_makes_the_difference(sentences, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    common = runpy.run_path(str(FOLDER / "common.py"))
+    for row in common["near_duplicates"]():
+        chosen, rejected = row["chosen"].split(), row["rejected"].split()
+        assert [(a, b) for a, b in zip(chosen, rejected, strict=True) if a != b] == [("great", "terrible")]
+    assert {row["label"] for row in common["thumbs"]()} == {True, False}
+    assert all("great" in row["chosen"] and "terrible" in row["rejected"] for row in common["opinions"]())
