@@ -38,7 +38,7 @@ def names() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("name", names())
 def test_every_table_is_written(benchmarks, monkeypatch, tmp_path, name):
     report = tmp_path / "folder" / "report.md"
@@ -48,7 +48,7 @@ def test_every_table_is_written(benchmarks, monkeypatch, tmp_path, name):
     assert f"examples/benchmarks/{name}.py" in text and "not for quoting" in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) >= 3 and all(line.count("|") == lines[0].count("|") for line in lines)
-    assert all(re.search(r"\*\*[\d.e+-]+\*\*", line) for line in lines[2:])
+    assert all(re.search(r"\d\.\d", line) for line in lines[2:])
 
 
 def test_every_script_has_its_table():

@@ -24,6 +24,8 @@ TABLES = {
     "fusion_solver": "Solvers of dynamic logit fusion",
     "filters": "Filters of the vocabulary",
     "engine": "The engine",
+    "trainers": "Training steps against the stock trainers",
+    "ches": "Scoring preference pairs",
 }
 
 
