@@ -406,7 +406,8 @@ class AuxiliaryLM:
             self._encoded = self._encode()
             return ReadState(keys[:, :HEAD], EncoderDecoderCache(cache, DynamicCache()))
         if self._reserved is not None and self._prompts is not None:
-            room = max(self._prompts[1].shape[1] + self._reserved[0], keys.shape[1] + 64) - HEAD
+            length, room = keys.shape[1] - HEAD, self._prompts[1].shape[1] - HEAD + self._reserved[0]
+            room = room if length <= room else 2 * length
             config = self._base.config.get_text_config(decoder=True)
             return ReadState(keys[:, :HEAD], StaticCache(config=config, max_cache_len=room))
         if not any(context.items for context in self.contexts):

@@ -75,30 +75,32 @@ def generate(
     """
     ours = [processor for processor in logits_processor if isinstance(processor, AuxiliaryLogitsProcessor)]
     picking = [processor for processor in ours if processor.picks_model and processor.engines]
-    guests = [] if picking else [e for processor in ours for e in processor.engines if _may_join(e, model)]
+    engines = list(dict.fromkeys(engine for processor in ours for engine in processor.engines))
+    guests = [] if picking else [engine for engine in engines if _may_join(engine, model)]
     why_not = _other_mode(model, input_ids, generation_config, assistant, model_kwargs)
     if why_not is None and len(picking) > 1:
         why_not = "two processors want to pick the model"
     if why_not is not None or not (picking or guests):
         if picking or guests:
             logger.warning_once(f"hf_logits.generate runs the processors beside the model, each by itself: {why_not}.")
-        return _stock_decoding(
-            model,
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            text_streamer=text_streamer,
-            assistant=assistant,
-            inputs_tensor=inputs_tensor,
-            **model_kwargs,
-        )
+        with _reserved(engines, model_kwargs.get("past_key_values"), generation_config, input_ids.shape[1]):
+            return _stock_decoding(
+                model,
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                text_streamer=text_streamer,
+                assistant=assistant,
+                inputs_tensor=inputs_tensor,
+                **model_kwargs,
+            )
 
     batch = _SharedBatch(model, guests, prefill_chunk=generation_config.prefill_chunk_size)
     others = LogitsProcessorList(p for p in logits_processor if p not in picking)
     cache = model_kwargs.get("past_key_values")
-    engines = [batch.host, *(e for processor in ours for e in processor.engines if e not in guests)]
-    with _seated(ours, batch), _reserved(engines, cache, generation_config, input_ids.shape[1]):
+    readers = [batch.host, *(engine for engine in engines if engine not in guests)]
+    with _seated(ours, batch), _reserved(readers, cache, generation_config, input_ids.shape[1]):
         output = _decode(
             model,
             input_ids,
@@ -261,7 +263,7 @@ def _reserved(
             engine.reserve(generation_config.max_length - prompt_length, generation_config)
         yield
     finally:
-        for engine in engines[1:]:
+        for engine in engines:
             engine.reserve(None)
 
 

@@ -339,6 +339,27 @@ def test_engines_get_a_static_cache_where_the_model_has_one(monkeypatch):
     assert all(engine._reserved is None for engine in processor.engines)
 
 
+def test_models_beside_the_loop_get_one_too(complaints):
+    """Also where no context can join: the generating model is decoded by `generate`'s own loop, nothing is said."""
+    model, other, rooms = tiny.llama(), tiny.llama(3), []
+    processor = cfg(other)
+
+    def look(input_ids: Tensor, scores: Tensor) -> Tensor:
+        rooms.append(processor.engines[0]._state.room)
+        return scores
+
+    settings = {"cache_implementation": "static", "disable_compile": True}
+    output = decode(model, processor, look, **settings)
+    assert rooms == [len(OTHER) + 10] * 10 and processor.engines[0]._reserved is None and not complaints
+    assert torch.equal(output, decode(model, cfg(other), loop=False, **settings))
+
+
+def test_the_same_processor_twice():
+    model = tiny.llama()
+    plain, counter = decode(model, *[cfg(model)] * 2, loop=False), Counter(model)
+    assert torch.equal(decode(model, *[cfg(model)] * 2), plain) and len(counter.tokens) == 10
+
+
 def test_a_static_cache_by_hand():
     """Rows may move, tokens be taken back, and what does not fit is read again into a larger cache."""
     model, (ids, _) = tiny.llama(), tiny.prompts(padded=False)
