@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from peft import PeftModel, PeftType
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -78,7 +79,8 @@ class AuxiliaryLM:
     Right under greedy search, sampling, beams, returned sequences, left padding, assisted decoding and reuse of one object
     over many generations. In the plain case a step feeds exactly the new column, for all contexts in one forward. An engine
     that is not asked costs nothing; asked again, it catches up in one forward. Recurrent (state-space) models can neither
-    take tokens back nor read several at once behind a state: they start again, and catch up token by token.
+    take tokens back nor read several at once behind a state: they start again, and catch up token by token. Weights that were
+    trained, moved or given other adapters are noticed at the next prompt; writes through `.data` are not: call `reset`.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -155,7 +157,7 @@ class AuxiliaryLM:
         self._mrope = next((m for m in self._base.modules() if "rope_deltas" in vars(m)), None)
         self.vocab_size: int = text_config.vocab_size
         self.tracker = tracker_for(model, pad_token_id)
-        self._reserved: tuple[int, GenerationConfig | None] | None = None
+        self.reserved: tuple[int, GenerationConfig | None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -189,6 +191,11 @@ class AuxiliaryLM:
         """Whether rows of unequal length read in one batch what they read alone, and can be taken back to any length."""
         return self._takes_positions and self._croppable and not self._encoder_decoder
 
+    @property
+    def positions_as_generate(self) -> bool:
+        """Whether the first position is 0, as `generate` counts for the generating model whatever its embeddings begin with."""
+        return self._first_position == 0
+
     def reserve(self, new_tokens: int | None, generation_config: GenerationConfig | None = None) -> None:
         """From the next prompt on, keep the tokens in a static cache with room for `new_tokens` behind the prompt.
 
@@ -201,7 +208,7 @@ class AuxiliaryLM:
             generation_config ([`~transformers.GenerationConfig`], *optional*): says whether and how to compile.
         """
         fixed = self._static and not any(context.items for context in self.contexts)
-        self._reserved = (new_tokens, generation_config) if new_tokens is not None and fixed else None
+        self.reserved = (new_tokens, generation_config) if new_tokens is not None and fixed else None
         self._state = None
 
     @torch.no_grad()
@@ -290,7 +297,7 @@ class AuxiliaryLM:
         """Rows and tokens that the prompts of some contexts are, as far as they were read: equal rows are read once."""
         assert self._prompts is not None
         keys = self._prompts[1].view(len(self.contexts), -1, self._prompts[1].shape[1])[contexts].flatten(0, 1)
-        keys = keys if self._reserved is not None else torch.unique(keys, dim=0)
+        keys = keys if self.reserved is not None else torch.unique(keys, dim=0)
         return len(keys), int((keys[:, HEAD:] != PADDING).sum())
 
     def hand_over(self, cache: Cache, rows: int) -> None:
@@ -405,8 +412,8 @@ class AuxiliaryLM:
         if self._encoder_decoder:
             self._encoded = self._encode()
             return ReadState(keys[:, :HEAD], EncoderDecoderCache(cache, DynamicCache()))
-        if self._reserved is not None and self._prompts is not None:
-            length, room = keys.shape[1] - HEAD, self._prompts[1].shape[1] - HEAD + self._reserved[0]
+        if self.reserved is not None and self._prompts is not None:
+            length, room = keys.shape[1] - HEAD, self._prompts[1].shape[1] - HEAD + self.reserved[0]
             room = room if length <= room else 2 * length
             config = self._base.config.get_text_config(decoder=True)
             return ReadState(keys[:, :HEAD], StaticCache(config=config, max_cache_len=room))
@@ -421,7 +428,7 @@ class AuxiliaryLM:
     def _start_apart(self, keys: Int[Tensor, "F K"]) -> ReadState | None:
         """Contexts of very unequal length, read one by one and laid beside each other, so that no padding is computed."""
         width, contexts = keys.shape[1] - HEAD, len(self.contexts)
-        plain = self._croppable and not self._encoder_decoder and self._reserved is None
+        plain = self._croppable and not self._encoder_decoder and self.reserved is None
         if contexts == 1 or not plain or any(context.items for context in self.contexts):
             return None
         parts = keys.view(contexts, -1, keys.shape[1])
@@ -580,9 +587,13 @@ class AuxiliaryLM:
                 module.training = True
 
     def _fingerprint(self) -> tuple[Any, ...]:
-        """What a state depends on besides its ids: weights that were trained, moved or exchanged make it stale."""
-        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in self.model.parameters())
-        adapters = tuple(self.model.active_adapters) if isinstance(self.model, PeftModel) else ()
+        """What a state depends on besides its ids: weights that were trained, moved or exchanged make it stale, and so do adapters."""
+        weights = tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in self.model.parameters())
+        adapters = tuple(
+            (tuple(layer.active_adapters), layer.disable_adapters, layer.merged, tuple(layer.scaling.items()))
+            for layer in self._base.modules()
+            if isinstance(layer, LoraLayer)
+        )
         return weights, adapters, self._base.dtype, self._base.device, torch.is_inference_mode_enabled()
 
     def _model_call(self, state: ReadState, tokens: int) -> Any:
@@ -590,10 +601,10 @@ class AuxiliaryLM:
         if (
             tokens == 1
             and state.room is not None
-            and self._reserved is not None
+            and self.reserved is not None
             and not isinstance(self.model, PeftModel)
         ):
-            settings = self._reserved[1]
+            settings = self.reserved[1]
             # The rule by which `generate` compiles the generating model.
             if settings is not None and self._base._valid_auto_compile_criteria(
                 {self._cache_name: state.cache}, settings
@@ -730,7 +741,7 @@ class AuxiliaryLM:
                 "auxiliary model with a longer window."
             )
         logger.warning_once(
-            f"An auxiliary {name} reads beyond its max_position_embeddings ({self._window}): expect worse guidance."
+            f"{name} reads beyond its max_position_embeddings ({self._window}): expect worse text and guidance."
         )
 
 
@@ -738,7 +749,8 @@ def mixes_adapters(model: PeftModel) -> bool:
     """Whether one forward can read rows under different adapters: PEFT can for plain LoRA, and silently can't for others."""
     configs = model.peft_config.values()
     plain = all(config.peft_type == PeftType.LORA and not getattr(config, "use_dora", False) for config in configs)
-    return plain and not any(getattr(module, "merged", False) for module in model.modules())
+    apart = (layer for layer in model.modules() if isinstance(layer, ParamWrapper) or getattr(layer, "merged", False))
+    return plain and next(apart, None) is None
 
 
 def tracker_for(model: PreTrainedModel | PeftModel | None, pad_token_id: int | None) -> PromptTracker:

@@ -6,12 +6,14 @@ negatives) or an adapter of the same base. Here they are rows of the generating 
 one of two models for each token, only the picked one runs.
 """
 
+import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -30,7 +32,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
 from hf_logits.auxiliary import AuxiliaryLM, Context, mixes_adapters
-from hf_logits.prefix import Step
+from hf_logits.prefix import PromptTracker, Step
 from hf_logits.processing import AuxiliaryLogitsProcessor
 
 
@@ -52,22 +54,27 @@ def generate(
     """Decode with the processors of this package at about the price of the plain model.
 
     Pass it to `generate` or to a pipeline: `model.generate(**inputs, custom_generate=hf_logits.generate, logits_processor=[...])`.
-    The tokens are those that the processors choose without it. Greedy search and sampling of decoder-only models run here, with
+    The tokens are those that the processors choose without it, up to rounding in half precision. Greedy search and sampling of decoder-only models run here, with
     everything that surrounds them: stopping criteria, other processors, left padding, returned sequences and scores, dynamic and
     static caches, compilation. Whatever else is asked for (beams, assisted decoding, encoder-decoders, images) runs as without
     this function, and the log says so once.
 
     An [`~hf_logits.processors.EntropyAdaptiveLogitsProcessor`] becomes what its paper means: for each token only the model at work
     runs, and the other one catches up when its turn comes. All other processors, wherever they stand in the list, then see the
-    logits of whichever model was chosen, so that penalties and bans hold for both.
+    logits of whichever model was chosen, so that penalties and bans hold for both (beside `generate` they reach the small model
+    alone); those of this package read their contexts by themselves.
+
+    `generate` keeps some arguments from functions. `streamer=` would be given the prompt and nothing more, not even its end;
+    `assistant_model=` would be ignored, `tokenizer=` not reach `stop_strings`. Pass `text_streamer=`, `assistant=`, and a
+    [`~transformers.StopStringCriteria`] in `stopping_criteria=`.
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, inputs_tensor, model_kwargs:
             From [`~transformers.GenerationMixin.generate`].
         text_streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
-            Gets the tokens. `generate` does not hand its own `streamer=` on to a function: don't use that one.
+            Gets the tokens, in place of `streamer=`.
         assistant ([`~transformers.PreTrainedModel`], *optional*):
-            Drafts tokens; in place of `assistant_model=`, for the same reason.
+            Drafts tokens, in place of `assistant_model=`. It shares the tokenizer.
 
     Returns:
         What `generate` returns: a `torch.LongTensor` of shape `[R, L]`, or an output with `sequences`, `scores`, `logits` and
@@ -77,13 +84,25 @@ def generate(
     picking = [processor for processor in ours if processor.picks_model and processor.engines]
     engines = list(dict.fromkeys(engine for processor in ours for engine in processor.engines))
     guests = [] if picking else [engine for engine in engines if _may_join(engine, model)]
+    cache = model_kwargs.get("past_key_values")
+    # Whoever gave a cache, or is given one, finds the generating model's own rows in it.
+    returns_cache = cache is not None and (
+        generation_config.return_dict_in_generate or hasattr(cache, "_is_user_defined")
+    )
     why_not = _other_mode(model, input_ids, generation_config, assistant, model_kwargs)
-    if why_not is None and len(picking) > 1:
-        why_not = "two processors want to pick the model"
-    if why_not is not None or not (picking or guests):
+    batch = None
+    if why_not is None and (picking or guests):
+        batch = _SharedBatch(model, guests, prefill_chunk=generation_config.prefill_chunk_size)
+        reasons = {
+            "two processors want to pick the model": len(picking) > 1,
+            "the model counts positions from elsewhere than 0": not batch.host.positions_as_generate,
+            "a recurrent state cannot be returned": bool(returns_cache) and not batch.host.pads_exactly,
+        }
+        why_not = next((reason for reason, holds in reasons.items() if holds), None)
+    if why_not is not None or batch is None:
         if picking or guests:
             logger.warning_once(f"hf_logits.generate runs the processors beside the model, each by itself: {why_not}.")
-        with _reserved(engines, model_kwargs.get("past_key_values"), generation_config, input_ids.shape[1]):
+        with _reserved(engines, cache, generation_config, input_ids.shape[1]):
             return _stock_decoding(
                 model,
                 input_ids,
@@ -96,9 +115,7 @@ def generate(
                 **model_kwargs,
             )
 
-    batch = _SharedBatch(model, guests, prefill_chunk=generation_config.prefill_chunk_size)
     others = LogitsProcessorList(p for p in logits_processor if p not in picking)
-    cache = model_kwargs.get("past_key_values")
     readers = [batch.host, *(engine for engine in engines if engine not in guests)]
     with _seated(ours, batch), _reserved(readers, cache, generation_config, input_ids.shape[1]):
         output = _decode(
@@ -110,11 +127,13 @@ def generate(
             batch=batch,
             picking=picking[0] if picking else None,
             trackers=[processor.tracker for processor in ours],
-            prompt_mask=model_kwargs.get("attention_mask"),
+            prompt_mask=_mask(input_ids, model_kwargs.get("attention_mask")),
             streamer=text_streamer,
         )
-        # Whoever gave a cache, or is given one, finds the generating model's own rows in it.
-        if cache is not None and (generation_config.return_dict_in_generate or hasattr(cache, "_is_user_defined")):
+        if cache is not None and returns_cache:
+            ids = output if isinstance(output, Tensor) else output.sequences
+            mask = _mask(input_ids, model_kwargs.get("attention_mask"))
+            batch.host.read(Step(ids[:, :-1], input_ids.shape[1], mask, ids.shape[1] == input_ids.shape[1] + 1, None))
             batch.host.hand_over(cache, input_ids.shape[0])
     if isinstance(output, GenerateDecoderOnlyOutput):
         output.past_key_values = cache
@@ -130,8 +149,8 @@ def _decode(
     *,
     batch: "_SharedBatch",
     picking: AuxiliaryLogitsProcessor | None,
-    trackers: Sequence[Any],
-    prompt_mask: Int[Tensor, "R L"] | None,
+    trackers: Sequence[PromptTracker],
+    prompt_mask: Bool[Tensor, "R L"],
     streamer: BaseStreamer | None,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Greedy search and sampling, as `generate` does them."""
@@ -142,18 +161,20 @@ def _decode(
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad: Any = generation_config._pad_token_tensor
     pad = pad.to(input_ids.device) if pad is not None else None
-    mask = torch.ones_like(input_ids) if prompt_mask is None else prompt_mask
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
-    step = Step(input_ids, input_ids.shape[1], mask.bool(), True, None)
+    step = Step(input_ids, input_ids.shape[1], prompt_mask, True, None)
     if streamer is not None:
         streamer.put(input_ids.cpu())
 
     with cast(Any, model)._optimize_model_for_decode():
         while True:
-            logits = batch.read(step) if picking is None else picking.pick(step, batch.host)
-            logits = logits.to(input_ids.device, copy=raw_logits is not None)
             for tracker in trackers:
                 tracker.announce(step)
+            if picking is not None:
+                picking.tracker.observe(input_ids)
+            logits = batch.read(step) if picking is None else picking.pick(step, batch.host)
+            # What is returned must not keep the rows of all contexts.
+            logits = logits.to(input_ids.device, copy=raw_logits is not None or scores is not None)
             next_scores = cast(Any, logits_processor)(input_ids, logits)
             if scores is not None:
                 scores += (next_scores,)
@@ -182,11 +203,15 @@ def _decode(
     return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw_logits)  # type: ignore[arg-type]
 
 
+def _mask(input_ids: Int[Tensor, "R L"], attention_mask: Tensor | None) -> Bool[Tensor, "R L"]:
+    """`generate` leaves a mask out that is all ones."""
+    return torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+
+
 class _SharedBatch:
     """The generating model's rows and those of all contexts that its weights read: one engine, one forward."""
 
     def __init__(self, model: PreTrainedModel, guests: Sequence[AuxiliaryLM], *, prefill_chunk: int | None):
-        self.guests = guests
         # Adapters are named through the PeftModel; `generate` knows only the model inside.
         wrapped = [engine.model for engine in guests if isinstance(engine.model, PeftModel)]
         self.host = AuxiliaryLM(
@@ -196,22 +221,28 @@ class _SharedBatch:
             **({} if prefill_chunk is None else {"prefill_chunk": prefill_chunk}),
         )
         self.logits: Float[Tensor, "N R V"] | None = None
+        ends = list(itertools.accumulate((len(engine.contexts) for engine in guests), initial=1))
+        self.places = {engine: slice(*pair) for engine, pair in zip(guests, itertools.pairwise(ends), strict=True)}
 
     def read(self, step: Step) -> Float[Tensor, "R V"]:
         """Read everybody's new tokens; the logits of the generating model's rows."""
         self.logits = self.host.read(step, check_ids=False)
+        for engine, places in self.places.items():
+            rows, tokens = 0, len(engine.contexts) * step.input_ids.shape[0]
+            if step.is_new:
+                rows, tokens = self.host.prompt_size(places)
+            engine.stats.prefill_rows, engine.stats.tokens = (
+                engine.stats.prefill_rows + rows,
+                engine.stats.tokens + tokens,
+            )
         return self.logits[0]
-
-    def seat(self, engine: AuxiliaryLM) -> "_Seat":
-        first = 1 + sum(len(guest.contexts) for guest in self.guests[: self.guests.index(engine)])
-        return _Seat(self, engine, slice(first, first + len(engine.contexts)))
 
 
 class _Seat:
     """What a processor sees in place of its engine: the engine's contexts are rows of a batch that has been read already."""
 
-    def __init__(self, batch: _SharedBatch, engine: AuxiliaryLM, places: slice):
-        self.batch, self.engine, self.places = batch, engine, places
+    def __init__(self, batch: _SharedBatch, engine: AuxiliaryLM):
+        self.batch, self.engine, self.places = batch, engine, batch.places[engine]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
@@ -220,12 +251,8 @@ class _Seat:
         self, input_ids: Int[Tensor, "R L"], *, step: Step | None = None, vocab_size: int | None = None
     ) -> Float[Tensor, "N R V"]:
         assert self.batch.logits is not None
-        host, stats = self.batch.host, self.engine.stats
-        is_new = step is not None and step.is_new
         log_probs = self.batch.logits[self.places, :, :vocab_size].log_softmax(-1)
-        host.check_numbers(log_probs, at_once=is_new)
-        rows, tokens = host.prompt_size(self.places) if is_new else (0, log_probs.shape[0] * log_probs.shape[1])
-        stats.prefill_rows, stats.tokens = stats.prefill_rows + rows, stats.tokens + tokens
+        self.batch.host.check_numbers(log_probs, at_once=step is not None and step.is_new)
         return log_probs.to(input_ids.device)
 
     @property
@@ -243,7 +270,7 @@ def _seated(processors: Sequence[AuxiliaryLogitsProcessor], batch: _SharedBatch)
     own = [processor.engines for processor in processors]
     try:
         for processor in processors:
-            processor.engines = [batch.seat(e) if e in batch.guests else e for e in processor.engines]  # type: ignore[misc]
+            processor.engines = [_Seat(batch, e) if e in batch.places else e for e in processor.engines]  # type: ignore[misc]
         yield
     finally:
         for processor, engines in zip(processors, own, strict=True):
@@ -258,13 +285,14 @@ def _reserved(
     if not isinstance(cache, StaticCache):
         yield
         return
+    before = [engine.reserved for engine in engines]
     try:
         for engine in engines:
             engine.reserve(generation_config.max_length - prompt_length, generation_config)
         yield
     finally:
-        for engine in engines:
-            engine.reserve(None)
+        for engine, own in zip(engines, before, strict=True):
+            engine.reserve(*(own or (None,)))
 
 
 def _may_join(engine: AuxiliaryLM, model: PreTrainedModel) -> bool:
@@ -295,8 +323,17 @@ def _other_mode(
     unknown = sorted(name for name, value in model_kwargs.items() if name not in known and value is not None)
     window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    counted = torch.ones_like(input_ids) if mask is None else mask
+    seen = _mask(input_ids, mask)
     reasons = {
+        "rows read under adapters of their own (adapter_names)": any(
+            isinstance(hook, functools.partial) and not {"adapter_names", "alora_offsets"}.isdisjoint(hook.keywords)
+            for module in model.modules()
+            for hook in module._forward_pre_hooks.values()
+        ),
+        "a prompt-learning adapter stands in front of the prompt": "prepare_inputs_for_generation" in vars(model),
+        "a prompt is padded elsewhere than on the left, or is nothing but padding": bool(
+            (seen[:, 1:] < seen[:, :-1]).any() or not seen.any(-1).all()
+        ),
         "the model is an encoder-decoder": model.config.is_encoder_decoder,
         "the model is in training mode": model.training,
         "use_cache is off": not model_kwargs.get("use_cache", True),
@@ -312,7 +349,7 @@ def _other_mode(
         "position_ids were given": positions is not None
         and (
             positions.shape != input_ids.shape
-            or not torch.equal(positions * counted, (counted.long().cumsum(-1) - 1) * counted)
+            or not torch.equal(positions * seen, (seen.long().cumsum(-1) - 1) * seen)
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -346,6 +383,8 @@ def _stock_decoding(
     if text_streamer is not None:
         text_streamer.put(input_ids.cpu())
     if mode == GenerationMode.ASSISTED_GENERATION:
+        if assistant is not None:
+            host._validate_generation_mode(mode, generation_config, {"assistant_model": assistant})
         return host._assisted_decoding(input_ids, inputs_tensor=inputs_tensor, assistant_model=assistant, **rest)
     if mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return host._sample(input_ids, **rest)

@@ -10,6 +10,7 @@ import math
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 
 
 def log_probs(scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
@@ -18,27 +19,28 @@ def log_probs(scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
     Scores at or below the smallest finite number of their dtype are bans in disguise (some processors write
     `torch.finfo.min`) and come back as `-inf`.
     """
-    banned = scores <= torch.finfo(scores.dtype).min
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    return normalise(scores.masked_fill(banned, -math.inf))
+    lowest = torch.finfo(scores.dtype).min
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    return normalise(functional.threshold(wide, lowest, -math.inf))
 
 
 def normalise(scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
     """`log_softmax`, except that a row in which everything is banned stays as it is (instead of NaN)."""
-    dead = scores.isneginf().all(-1, keepdim=True)
-    return scores.log_softmax(-1).masked_fill(dead, -math.inf)
+    dead = scores.amax(-1, keepdim=True).isneginf()
+    return torch.where(dead, scores, scores.log_softmax(-1))
 
 
 def entropy(log_probs: Float[Tensor, "*R V"]) -> Float[Tensor, "*R"]:
     """Shannon entropy in bits of normalised log-probabilities; banned tokens count as zero."""
     # H = -sum p log2 p, and 0 log 0 = 0
-    return -(log_probs.exp() * log_probs.masked_fill(log_probs.isneginf(), 0.0)).sum(-1) / math.log(2.0)
+    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1) / math.log(2.0)
 
 
 def kl_divergence(p: Float[Tensor, "*R V"], q: Float[Tensor, "*R V"]) -> Float[Tensor, "*R"]:
     """KL(p || q) in nats of two normalised log-probabilities; infinite where `p` lives on what `q` bans."""
     # sum p (log p - log q) over the support of p
-    return (p.exp() * (p - q).masked_fill(p.isneginf(), 0.0)).sum(-1)
+    mass = p.exp()
+    return (mass * torch.where(mass > 0, p - q, 0.0)).sum(-1)
 
 
 def plausible(

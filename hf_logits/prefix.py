@@ -82,10 +82,19 @@ class PromptTracker:
     def reset(self) -> None:
         """Forget all tokens: the next call is a new prompt."""
         self._last: Step | None = None
+        self._known: Tensor | None = None  # the ids of that step, safe from whoever writes into the caller's tensor
         self._announced: Step | None = None
 
     def announce(self, step: Step) -> None:
         """Say where the next call stands: a decode loop knows what a tracker would have to find out by comparing tokens."""
+        if (
+            step.is_new
+            and self._bound is not None
+            and not torch.equal(self._prompt_mask(step.input_ids), step.prompt_mask)
+        ):
+            raise ValueError(
+                "bind() was given another attention_mask than generate(): bind the one of this generation, or bind(attention_mask=None)."
+            )
         self._announced = step
 
     def bind(self, attention_mask: Tensor | None, input_ids: Tensor | None = None) -> None:
@@ -112,17 +121,18 @@ class PromptTracker:
         step, self._announced = self._announced, None
         if step is not None and step.input_ids is not input_ids:
             step = None
-        if step is None and last is not None and length > last.prompt_length:
-            known = last.input_ids
+        announced = step is not None
+        known = self._known
+        if step is None and last is not None and known is not None and length > last.prompt_length:
             if input_ids.shape == (known.shape[0], known.shape[1] + 1) and torch.equal(input_ids[:, :-1], known):
-                step = Step(input_ids, last.prompt_length, last.prompt_mask, False, None, known)
+                step = Step(input_ids, last.prompt_length, last.prompt_mask, False, None, last.input_ids)
             else:
                 shared, parents = match_prefixes(input_ids, known)
                 if int(shared.min()) >= length - 1:
                     step = Step(input_ids, last.prompt_length, last.prompt_mask[parents], False, parents)
         if step is None:
             step = Step(input_ids, length, self._prompt_mask(input_ids), True, None)
-        self._last = step
+        self._last, self._known = step, input_ids if announced else input_ids.clone()
         return step
 
     def _prompt_mask(self, prompts: Int[Tensor, "R P"]) -> Bool[Tensor, "R P"]:

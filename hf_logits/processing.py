@@ -35,7 +35,8 @@ class Stats:
         calls (`int`): calls of the processor.
         forwards, tokens, prefill_rows (`int`): of the auxiliary models, see [`~hf_logits.auxiliary.EngineStats`].
         trace (`dict[str, torch.Tensor]`): values of shape `[rows, generated tokens]` of the last generation, rows as `generate`
-            ordered them last. `"kl"` (nats) is there for every method: how far each next-token distribution was moved.
+            ordered them last. `"kl"` (nats), how far each next-token distribution was moved, is there for every method, unless
+            it picks a model and the other one did not run.
     """
 
     calls: int = 0

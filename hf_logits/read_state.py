@@ -69,10 +69,16 @@ class ReadState:
             self.logits = {n: values for n, values in self.logits.items() if n <= length}
 
     def copy_to(self, cache: Cache, rows: int, *, begin: int) -> None:
-        """Put what the first `rows` rows have read from column `begin` on into an empty `cache`."""
+        """Put what the first `rows` rows have read from column `begin` on into an empty `cache`.
+
+        Where the rows begin later than that (`begin` is negative), columns that nobody looks at are put in front.
+        """
         for index, layer in enumerate(cast(Any, self.cache.layers)):
-            parts = (values[:rows, :, begin : self.length].contiguous() for values in (layer.keys, layer.values))
-            cache.update(*parts, index)
+            key_states, value_states = (
+                nn.functional.pad(values[:rows, :, max(begin, 0) : self.length], (0, 0, max(-begin, 0), 0))
+                for values in (layer.keys, layer.values)
+            )
+            cache.update(key_states, value_states, index)
 
 
 def side_by_side(states: Sequence[ReadState], keys: Int[Tensor, "F K"]) -> ReadState:

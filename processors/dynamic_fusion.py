@@ -1,7 +1,7 @@
 """Dynamic logit fusion: move a large model as far as a small one has moved by fine-tuning, step by step."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -11,110 +11,122 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_logits.auxiliary import BASE, Context
 from hf_logits.checks import check_number, check_per_row
-from hf_logits.logits import keep, kl_divergence, row_column
+from hf_logits.logits import difference, row_column
 from hf_logits.prefix import Step
 from hf_logits.processing import AuxiliaryLogitsProcessor, Model
+from hf_logits.tilting import condense, tilt, tilt_divergences
 
 
-def fusion_targets(
-    small: Float[Tensor, "R V"], experts: Float[Tensor, "T R V"]
-) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+Vocab = Float[Tensor, "R V"]
+Row = Float[Tensor, " R"]
+Vocabs = Float[Tensor, "*T R V"]  # of one direction, or of several
+Rows = Float[Tensor, "*T R"]
+
+
+def fusion_targets(small: Vocab, experts: Float[Tensor, "T R V"]) -> tuple[Row, Row]:
     """How far the experts are from the small base: KL(Q_t || Q) and KL(Q || Q_t), averaged over the experts.
 
     The squared distances to all experts' targets sum up to the one to their mean, plus a constant.
     """
-    small = small.expand_as(experts)
-    return kl_divergence(experts, small).mean(0), kl_divergence(small, experts).mean(0)
+    forward, backward = fusion_shift(small, torch.stack([difference(expert, small) for expert in experts]), 1.0)
+    return forward.mean(0), backward.mean(0)
 
 
-def fusion_shift(
-    big: Float[Tensor, "R V"], direction: Float[Tensor, "R V"], weight: float | Float[Tensor, " R"]
-) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
-    """KL(P_a || P) and KL(P || P_a) of `P_a = softmax(big + a * direction)`, for a weight a row.
-
-    Both follow from two numbers, the log-normaliser A(a) and the mean E_a of the direction under P_a, and grow with a >= 0.
-    """
-    weight = torch.as_tensor(weight, dtype=big.dtype, device=big.device)
-    moved = big + weight[..., None] * direction
-    normaliser = moved.logsumexp(-1) - big.logsumexp(-1)
-    # f(a) = a E_a - (A(a) - A(0)); g(a) = A(a) - A(0) - a E_0
-    forward = weight * (moved.softmax(-1) * direction).sum(-1) - normaliser
-    backward = normaliser - weight * (big.softmax(-1) * direction).sum(-1)
-    return forward, backward
+def fusion_shift(big: Vocab, direction: Vocabs, weight: float | Rows) -> tuple[Rows, Rows]:
+    """KL(P_a || P) and KL(P || P_a) of `P_a = softmax(big + a * direction)`, for a weight a row; both grow with a >= 0."""
+    zero = torch.zeros_like(direction[..., 0])
+    return tilt_divergences(zero + weight, tilt(big, direction, zero + weight), tilt(big, direction, zero))
 
 
-def fusion_loss(
-    big: Float[Tensor, "R V"],
-    direction: Float[Tensor, "R V"],
-    weight: float | Float[Tensor, " R"],
-    targets: tuple[Float[Tensor, " R"], Float[Tensor, " R"]],
-) -> Float[Tensor, " R"]:
+def fusion_loss(big: Vocab, direction: Vocabs, weight: float | Rows, targets: tuple[Row, Row]) -> Rows:
     """The squared gaps between the large model's shift and the experts', both directions of KL together."""
-    forward, backward = fusion_shift(big, direction, weight)
-    return (forward - targets[0]).square() + (backward - targets[1]).square()
+    return _loss(fusion_shift(big, direction, weight), targets)
 
 
-def exact_weight(
-    big: Float[Tensor, "R V"],
-    direction: Float[Tensor, "R V"],
-    targets: tuple[Float[Tensor, " R"], Float[Tensor, " R"]],
-    *,
-    max_weight: float,
-) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
-    """The continuous optimum on `[0, max_weight]`, and its loss.
+def exact_weight(big: Vocab, direction: Vocabs, targets: tuple[Row, Row], *, max_weight: float) -> tuple[Rows, Rows]:
+    """The continuous optimum on `[0, max_weight]`, and its loss, of each direction by itself.
 
-    Both distances grow with the weight, so it lies between the weights at which each meets its own target: found by
-    bisection (a target out of reach counts as met at `max_weight`), then the bracket is searched with ever finer grids.
+    There may be several minima: ever finer grids search all of an estimate of the loss, a Newton step on the loss itself ends it.
     """
-    low = torch.zeros(2, *big.shape[:1], dtype=big.dtype, device=big.device)
-    high = torch.full_like(low, max_weight)
-    for _ in range(20):
-        middle = (low + high) / 2
-        short = torch.stack([fusion_shift(big, direction, middle[i])[i] < targets[i] for i in (0, 1)])
-        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-    low, high = low.amin(0), high.amax(0)
-    best, least = low, fusion_loss(big, direction, low, targets)
-    for _ in range(8):
-        for part in [i / 8 for i in range(9)]:
-            weight = low + part * (high - low)
-            loss = fusion_loss(big, direction, weight, targets)
-            better = loss < least
-            best, least = torch.where(better, weight, best), torch.where(better, loss, least)
-        width = (high - low) / 8
-        low, high = torch.maximum(low, best - width), torch.minimum(high, best + width)
-    return best, least
+    zero, width = torch.zeros_like(direction[..., 0]), max_weight
+    start = tilt(big, direction, zero, moments=2)
+    few = condense(big, direction, start, max_weight)
+    low, steps = zero, torch.linspace(0, 1, 33, dtype=zero.dtype, device=zero.device).view(-1, *[1] * zero.dim())
+    for _ in range(3):
+        points = low + width * steps
+        losses = _loss(tilt_divergences(points, tilt(*few, points), start), targets)
+        weight, width = points.gather(0, losses.argmin(0, keepdim=True))[0], width / 16
+        low = (weight - width / 2).clamp(0, max_weight - width)
+    here = _, mean, square, cube = tilt(big, direction, weight, moments=3)
+    shift = tilt_divergences(weight, here, start)
+    forward, backward = shift[0] - targets[0], shift[1] - targets[1]
+    # f' = a Var, g' = E_a - E_0, Var' is the third cumulant; without f'' and g'' (Gauss-Newton) where they bend the loss down
+    variance, rise = square - mean.square(), mean - start[1]
+    third = cube - 3 * mean * square + 2 * mean**3
+    plain = (weight * variance).square() + rise.square()
+    bent = plain + forward * (variance + weight * third) + backward * variance
+    step = (forward * weight * variance + backward * rise) / torch.where(bent > plain / 8, bent, plain)
+    refined = (weight - step.nan_to_num(0.0)).clamp(0, max_weight)
+    there = tilt_divergences(refined, tilt(big, direction, refined), start)
+    return _least((w, _loss(s, targets)) for w, s in ((zero, (zero, zero)), (weight, shift), (refined, there)))
+
+
+def grid_weight(
+    big: Vocab, direction: Vocabs, targets: tuple[Row, Row], *, grid: Sequence[float]
+) -> tuple[Rows, Rows]:
+    """The paper's solver: for each row the best point of a grid, the earliest of equals, and its loss, of each direction by itself.
+
+    Estimates say which three points it can be, the loss itself decides.
+    """
+    zero = torch.zeros_like(direction[..., 0])
+    start = tilt(big, direction, zero, moments=2)
+    few = condense(big, direction, start, max(grid))
+    points = torch.stack([zero + value for value in grid])
+    losses = [_loss(tilt_divergences(part, tilt(*few, part), start), targets) for part in points.split(32)]
+    likely = torch.cat(losses).sort(dim=0, stable=True).indices[:3].sort(0).values
+    tried = points.gather(0, likely)
+    return _least((w, _loss(tilt_divergences(w, tilt(big, direction, w), start), targets)) for w in tried)
 
 
 def grid_weights(
-    big: Float[Tensor, "R V"],
-    directions: Float[Tensor, "T R V"],
-    targets: tuple[Float[Tensor, " R"], Float[Tensor, " R"]],
-    *,
-    grid: Sequence[float],
-    refinements: int = 0,
-) -> tuple[Float[Tensor, "T R"], Float[Tensor, " R"]]:
-    """The paper's solver, and its loss: for each row the best point of a grid, the earliest of equals.
+    big: Vocab, directions: Vocabs, targets: tuple[Row, Row], *, grid: Sequence[float], refinements: int = 0
+) -> tuple[Rows, Row]:
+    """The best point of the grid's T-th power for T directions together, the earliest of equals, and its loss.
 
-    With T directions, of the grid's T-th power; then the point may be refined by so many halvings of the step around it.
+    The point may be refined by so many halvings of the step around it.
     """
-    best = directions[..., 0] * 0
-    least = torch.full_like(best[0], torch.inf)
+    one = torch.ones_like(big[:, 0])
+    normaliser, means = tilt(big, directions, torch.zeros_like(directions[..., 0]))
 
-    def consider(weights: Float[Tensor, "T R"]) -> None:
-        nonlocal best, least
-        loss = fusion_loss(big, (weights[..., None] * directions).sum(0), 1.0, targets)
-        better = loss < least
-        best, least = torch.where(better, weights, best), torch.where(better, loss, least)
+    def tried(weights: Rows) -> tuple[Rows, Row]:
+        move = weights[0, :, None] * directions[0]
+        for weight, direction in zip(weights[1:], directions[1:], strict=True):
+            move.addcmul_(weight[:, None], direction)
+        start = normaliser[0], (weights * means).sum(0)
+        return weights, _loss(tilt_divergences(one, tilt(big, move, one), start), targets)
 
-    for values in itertools.product(grid, repeat=len(directions)):
-        consider(best.new_tensor(values)[:, None].expand_as(best))
+    points = itertools.product(grid, repeat=len(directions))
+    best = _least(tried(torch.stack([value * one for value in point])) for point in points)
     step = (grid[-1] - grid[0]) / max(len(grid) - 1, 1)
     for _ in range(refinements):
-        step = step / 2
+        step /= 2
         for expert, sign in itertools.product(range(len(directions)), (step, -step)):
-            weights = best.clone()
+            weights = best[0].clone()
             weights[expert] += sign
-            consider(weights.clamp(grid[0], grid[-1]))
+            best = _least([best, tried(weights.clamp(grid[0], grid[-1]))])
+    return best
+
+
+def _loss(shift: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    return (shift[0] - targets[0]).square() + (shift[1] - targets[1]).square()
+
+
+def _least(tried: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of weights with their losses the best, row by row; of equals the first."""
+    points = iter(tried)
+    best, least = next(points)
+    for weight, loss in points:
+        best, least = torch.where(loss < least, weight, best), torch.where(loss < least, loss, least)
     return best, least
 
 
@@ -192,39 +204,33 @@ class DynamicFusionLogitsProcessor(AuxiliaryLogitsProcessor):
 
         def formula(big: Float[Tensor, "R V"], small: Float[Tensor, "R V"], *tuned: Float[Tensor, "R V"]) -> Tensor:
             # Banned tokens are no part of any of the distributions.
-            live = ~big.isneginf()
-            small = keep(small, live).log_softmax(-1)
-            experts = torch.stack([keep(expert, live).log_softmax(-1) for expert in tuned])
-            directions = (experts - small).masked_fill(~live, 0.0)
-            weights = self._weights(big, directions, fusion_targets(small, experts))
+            banned = big.isneginf()
+            small, *experts = (values.masked_fill(banned, -torch.inf).log_softmax(-1) for values in (small, *tuned))
+            directions = torch.stack(experts).sub_(small).masked_fill_(banned, 0.0)
+            weights = self._weights(big, small, directions)
             chosen.append(weights)
-            return big + (weights[..., None] * directions).sum(0)
+            for weight, direction in zip(weights, directions, strict=True):
+                big = torch.addcmul(big, weight[:, None], direction)
+            return big
 
         steered = self.mix(log_probs, formula, *self.auxiliary_log_probs(step, log_probs.shape[-1]))
         several = {f"weight_{i}": row for i, row in enumerate(chosen[0])} if len(chosen[0]) > 1 else {}
         self.record(step, weight=chosen[0].sum(0), **several)
         return steered
 
-    def _weights(
-        self,
-        big: Float[Tensor, "R V"],
-        directions: Float[Tensor, "T R V"],
-        targets: tuple[Float[Tensor, " R"], Float[Tensor, " R"]],
-    ) -> Float[Tensor, "T R"]:
+    def _weights(self, big: Vocab, small: Vocab, directions: Vocabs) -> Rows:
         if self.weight is not None:
             value = row_column(self.weight, big.shape[0], big)
             return torch.ones_like(directions[..., 0]) * (value[:, 0] if isinstance(value, Tensor) else value)
-        if self._combine == "joint":
+        # The targets are the small model's own shift at weight 1.
+        forward, backward = fusion_shift(small, directions, 1.0)
+        targets = forward.mean(0), backward.mean(0)
+        if self._combine == "joint" and len(directions) > 1:
             refinements = 12 if self.solver == "exact" else 0
             return grid_weights(big, directions, targets, grid=self._grid, refinements=refinements)[0]
-        best = torch.zeros_like(directions[..., 0])
-        least = torch.full_like(best[0], torch.inf)
-        for expert, direction in enumerate(directions):
-            if self.solver == "grid":
-                (weight, *_), loss = grid_weights(big, direction[None], targets, grid=self._grid)
-            else:
-                weight, loss = exact_weight(big, direction, targets, max_weight=self.max_weight)
-            alone = torch.zeros_like(best)
-            alone[expert] = weight
-            best, least = torch.where(loss < least, alone, best), torch.minimum(loss, least)
-        return best
+        if self.solver == "grid":
+            weights, losses = grid_weight(big, directions, targets, grid=self._grid)
+        else:
+            weights, losses = exact_weight(big, directions, targets, max_weight=self.max_weight)
+        best = losses.argmin(0, keepdim=True)
+        return torch.zeros_like(weights).scatter(0, best, weights.gather(0, best))

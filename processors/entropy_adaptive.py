@@ -159,6 +159,9 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
             return nn.functional.pad(logits[:, : main.vocab_size], (0, missing), value=-math.inf)
 
         self._main, self._calls = main.stats, self._calls + 1
+        self._histories.pop(
+            "kl", None
+        )  # of an earlier generation: here nobody knows what the other model would have said
         return self._decide(step, lambda: main.read(step, check_ids=False)[0].to(device), large)
 
     def _decide(

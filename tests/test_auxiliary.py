@@ -6,6 +6,7 @@ Everything is held against a recomputation from scratch; what it costs is held a
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from transformers import (
     BartConfig,
     BartForCausalLM,
@@ -175,6 +176,38 @@ def test_long_prompts_are_read_in_chunks(name):
         engine(appended(ids, 5, 6, 7))[0],
         tiny.recomputed(model, [[*r, t] for r, t in zip(rows, (5, 6, 7), strict=True)]),
     )
+
+
+def test_ids_that_are_views_of_one_buffer():
+    """Somebody else writes into what an engine was shown: it has its own copy of what it compares."""
+    model, engine = tiny.llama(), AuxiliaryLM(tiny.llama())
+    buffer = torch.zeros(1, 20, dtype=torch.long)
+    buffer[0, :9] = tiny.prompts(1, padded=False)[0]
+    engine(buffer[:, :9])
+    buffer[0, 9] = 5
+    engine(buffer[:, :10])
+    buffer[0, 9], buffer[0, 10] = 33, 7
+    close(engine(buffer[:, :11])[0], tiny.recomputed(model, buffer[:, :11].tolist()))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_adapters_that_were_switched_are_noticed():
+    model, (ids, rows) = two_adapters(), padded_prompts()
+    engine = AuxiliaryLM(model)
+    close(engine(ids)[0], tiny.recomputed(model, rows))
+    with model.disable_adapter():
+        engine.tracker.reset()
+        close(engine(ids)[0], tiny.recomputed(model, rows))
+    for change in (lambda: model.set_adapter("west"), lambda: scale_adapters(model)):
+        change()
+        engine.tracker.reset()
+        close(engine(ids)[0], tiny.recomputed(model, rows))
+
+
+def scale_adapters(model) -> None:
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(0.5)
 
 
 def test_scoring_a_long_prompt_holds_few_logits(monkeypatch):

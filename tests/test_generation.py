@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from test_auxiliary import two_adapters
 from test_processor_contract import Judge, adaptive_case, auxiliary, draft_model
 from torch import Tensor
@@ -17,6 +18,8 @@ from transformers import (
     DynamicCache,
     LogitsProcessor,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForCausalLM,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -115,6 +118,42 @@ def test_the_cache_holds_the_generating_models_rows(static):
     assert torch.equal(continued, decode(model, cfg(model), loop=False, **settings))
 
 
+def test_a_cache_of_padded_rows_alone():
+    """Contexts that are shorter than a padded prompt: the cache has the prompt's columns, padding included."""
+    model = tiny.llama()
+    ids, mask = torch.tensor([[0, 0, 0, 9, 10, 11, 12, 13, 14]]), torch.tensor([[0] * 3 + [1] * 6])
+    cache = DynamicCache()
+    make = lambda: MixtureLogitsProcessor.cfg(model, [8, 9], scale=1.5)  # noqa: E731
+    first = decode(model, make(), input_ids=ids, attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == 9 + 9
+    # The new ids alone, with the mask of everything: as `generate` allows it.
+    whole = torch.nn.functional.pad(mask, (0, 12), value=1)
+    turn = torch.cat([first, torch.tensor([[40, 41]])], dim=1)
+    continued = model.generate(
+        turn[:, 18:], attention_mask=whole, past_key_values=cache, max_new_tokens=5, do_sample=False
+    )
+    again = model.generate(turn, attention_mask=whole, max_new_tokens=5, do_sample=False)
+    assert torch.equal(continued[:, 3:], again[:, 21:])
+
+
+@pytest.mark.parametrize("settings", [{"threshold": 5.0}, {"threshold": -1.0, "start": "large"}])
+def test_the_cache_is_whole_where_the_model_did_not_always_run(settings):
+    small, cache = tiny.llama(), DynamicCache()
+    processor = EntropyAdaptiveLogitsProcessor(tiny.llama(1), window=1, min_stay=2, **settings)
+    output = decode(small, processor, past_key_values=cache, return_dict_in_generate=True)
+    assert output.past_key_values is cache and cache.get_seq_length() == output.sequences.shape[1] - 1
+    other = decode(
+        small,
+        input_ids=output.sequences,
+        max_new_tokens=1,
+        return_dict_in_generate=True,
+        loop=False,
+        attention_mask=torch.nn.functional.pad(tiny.prompts()[1], (0, 10), value=1),
+    )
+    for ours, theirs in zip(cache.layers, other.past_key_values.layers, strict=True):
+        torch.testing.assert_close(ours.keys[1], theirs.keys[1, :, :-1], rtol=0.0, atol=1e-5)
+
+
 def test_stopping_criteria():
     model = tiny.llama()
 
@@ -199,8 +238,28 @@ def test_a_failure_leaves_the_processors_as_they_were():
 
     with pytest.raises(RuntimeError, match="somebody else's bug"):
         decode(model, processor, fail, cache_implementation="static")
-    assert processor.engines == engines and engines[0]._reserved is None
+    assert processor.engines == engines and engines[0].reserved is None
     assert torch.equal(decode(model, processor, loop=False), decode(model, cfg(model)))
+
+
+def test_a_bound_mask_must_be_that_of_the_generation():
+    model, (ids, mask) = tiny.llama(), tiny.prompts()
+    processor = cfg(model)
+    processor.bind(attention_mask=mask, input_ids=ids)
+    assert torch.equal(decode(model, processor), decode(model, cfg(model)))
+    with pytest.raises(ValueError, match="another attention_mask"):
+        decode(model, processor, input_ids=ids, attention_mask=torch.ones_like(mask))
+    processor.bind(attention_mask=torch.ones(3, 7))
+    with pytest.raises(ValueError, match=r"shape \(3, 7\)"):
+        decode(model, processor)
+
+
+def test_nan_of_a_context_is_refused():
+    """Where the generating model's own rows are sound."""
+    model = tiny.llama(vocab_size=70)
+    model.model.embed_tokens.weight.data[64:] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        decode(model, MixtureLogitsProcessor.cfg(model, [64, 65], scale=1.5))
 
 
 def test_without_a_processor_of_ours_nothing_changes(complaints):
@@ -229,6 +288,14 @@ ELSEWHERE: dict[str, tuple[Any, str]] = {
     "an_offloaded_cache": ({"past_key_values": lambda: DynamicCache(offloading=True)}, "cache is"),
     "positions": ({"position_ids": torch.arange(9).expand(2, 9) + 3}, "position_ids"),
     "token_types": ({"token_type_ids": torch.zeros(2, 9, dtype=torch.long)}, "token_type_ids"),
+    "padding_on_the_right": (
+        {"input_ids": tiny.prompts(padded=False)[0], "attention_mask": torch.tensor([[1] * 7 + [0] * 2, [1] * 9])},
+        "padded elsewhere",
+    ),
+    "an_empty_prompt": (
+        {"input_ids": tiny.prompts(padded=False)[0], "attention_mask": torch.tensor([[0] * 9, [1] * 9])},
+        "nothing but padding",
+    ),
     "a_long_prompt": ({"input_ids": tiny.prompts(1, length=33, padded=False)[0]}, "window"),
 }
 
@@ -256,6 +323,54 @@ def test_other_modes_run_as_without_the_loop(complaints, case):
     sequences = [output if isinstance(output, Tensor) else output.sequences for output in outputs]
     assert torch.equal(*sequences)
     assert len(complaints) == 1 and reason in complaints[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_rows_under_adapters_of_their_own(complaints):
+    model = two_adapters()
+    settings = {"adapter_names": ["east", "west"], "return_dict_in_generate": True, "output_logits": True}
+    plain = decode(model, loop=False, **settings)
+    ours = decode(model, LQCDLogitsProcessor(tiny.llama(3), OTHER), cfg(tiny.llama(4)), **settings)
+    torch.testing.assert_close(ours.logits[0], plain.logits[0], rtol=0.0, atol=1e-5)
+    processor = EntropyAdaptiveLogitsProcessor(tiny.llama(1), threshold=math.inf)
+    assert torch.equal(decode(model, processor, **settings).sequences, plain.sequences)
+    assert "adapter_names" in complaints[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning")
+def test_a_prompt_learning_adapter(complaints):
+    torch.manual_seed(0)
+    config = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny.llama(), config).eval()
+    make = lambda: cfg(model.get_base_model())  # noqa: E731
+    assert torch.equal(decode(model, make()), decode(model, make(), loop=False))
+    assert "prompt-learning" in complaints[0]
+
+
+def test_positions_that_do_not_begin_at_zero(complaints):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = RobertaConfig(vocab_size=64, max_position_embeddings=66, is_decoder=True, pad_token_id=0, **sizes)
+    model = tiny.spread(RobertaForCausalLM(config), 0)
+    ids = tiny.prompts(padded=False)[0]
+    settings = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    assert torch.equal(decode(model, cfg(model), **settings), decode(model, cfg(model), loop=False, **settings))
+    assert "counts positions" in complaints[0]
+
+
+def test_a_recurrent_state_is_not_handed_over(complaints):
+    model = tiny.bamba()
+    make = lambda: EntropyAdaptiveLogitsProcessor(tiny.llama(1), threshold=2.5, min_stay=2)  # noqa: E731
+    plain, ours = (decode(model, make(), loop=loop, return_dict_in_generate=True) for loop in (False, True))
+    assert torch.equal(plain.sequences, ours.sequences) and "recurrent" in complaints[0]
+    complaints.clear()
+    assert torch.equal(decode(model, make()), plain.sequences) and not complaints
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(complaints):
+    model, ids = tiny.llama(), tiny.prompts(1, padded=False)[0]
+    with pytest.raises(ValueError, match="different tokenizers"):
+        decode(model, cfg(model), input_ids=ids, assistant=tiny.llama(1, vocab_size=80))
 
 
 def test_a_model_in_training_mode_is_left_in_it(complaints):
@@ -336,7 +451,7 @@ def test_engines_get_a_static_cache_where_the_model_has_one(monkeypatch):
     output = decode(model, processor, cache_implementation="static", compile_config=settings)
     assert torch.equal(output, plain)
     assert compiled.count(id(model)) == compiled.count(id(other)) == 9
-    assert all(engine._reserved is None for engine in processor.engines)
+    assert all(engine.reserved is None for engine in processor.engines)
 
 
 def test_models_beside_the_loop_get_one_too(complaints):
@@ -350,7 +465,7 @@ def test_models_beside_the_loop_get_one_too(complaints):
 
     settings = {"cache_implementation": "static", "disable_compile": True}
     output = decode(model, processor, look, **settings)
-    assert rooms == [len(OTHER) + 10] * 10 and processor.engines[0]._reserved is None and not complaints
+    assert rooms == [len(OTHER) + 10] * 10 and processor.engines[0].reserved is None and not complaints
     assert torch.equal(output, decode(model, cfg(other), loop=False, **settings))
 
 
@@ -508,6 +623,55 @@ def test_a_large_model_that_returns_nan_is_refused():
     large.lm_head.weight.data[3] = math.nan
     with pytest.raises(ValueError, match="NaN"):
         decode(tiny.llama(), EntropyAdaptiveLogitsProcessor(large, start="large"))
+
+
+def test_one_door_after_the_other():
+    """What the loop did is no memory of the processor beside it."""
+    small, large = tiny.llama(), tiny.llama(1)
+    make = lambda: EntropyAdaptiveLogitsProcessor(large, threshold=2.5, min_stay=2, window=3)  # noqa: E731
+    processor, (other, mask) = make(), tiny.prompts(3, seed=9)
+    first = decode(small, processor, loop=False)
+    decode(small, processor, input_ids=other, attention_mask=mask)
+    assert "kl" not in processor.stats.trace and processor.stats.trace["large"].shape == (3, 10)
+    in_the_loop = processor.cost(small)
+    half = {"input_ids": first[:, :12], "attention_mask": torch.nn.functional.pad(tiny.prompts()[1], (0, 3), value=1)}
+    assert torch.equal(decode(small, processor, loop=False, **half), decode(small, make(), loop=False, **half))
+    fresh = make()
+    decode(small, fresh, input_ids=other, attention_mask=mask)
+    assert in_the_loop == fresh.cost(small)
+    decode(small, processor, loop=False, input_ids=other, attention_mask=mask)
+    decode(small, fresh := make(), loop=False, input_ids=other, attention_mask=mask)
+    assert processor.cost(small) == fresh.cost(small) != in_the_loop
+
+
+def test_rows_that_have_ended_wake_no_model():
+    """Nor does a model that worked for them keep running."""
+    small, large = tiny.llama(), tiny.llama(1)
+    counters = [Counter(small), Counter(large)]
+
+    def end_the_first(input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] == 12:
+            scores = scores.clone()
+            scores[0] = -math.inf
+            scores[0, tiny.EOS] = 0.0
+        return scores
+
+    threshold = torch.tensor([-1.0, math.inf])  # the first row's large model, the second row's small one
+    processor = EntropyAdaptiveLogitsProcessor(large, threshold=threshold, min_stay=0, eos_token_id=tiny.EOS)
+    output = decode(small, processor, end_the_first, eos_token_id=tiny.EOS, pad_token_id=tiny.PAD)
+    assert output[0, 12] == tiny.EOS and output[0, 13:].eq(tiny.PAD).all()
+    # That a row has ended shows in its first padding.
+    assert len(counters[1].tokens) == 5 and len(counters[0].tokens) == 10
+    large_share = processor.stats.trace["large"]
+    assert large_share[0, :5].eq(1).all() and large_share[0, 5:].isnan().all() and large_share[1].eq(0).all()
+
+
+def test_a_large_model_is_shown_no_ids_that_it_does_not_have():
+    small, large = tiny.llama(), tiny.llama(1, vocab_size=48)
+    force = lambda ids, scores: torch.full_like(scores, -math.inf).index_fill(1, torch.tensor([60]), 0.0)  # noqa: E731
+    processor = EntropyAdaptiveLogitsProcessor(large, threshold=-1.0, min_stay=2)
+    with pytest.raises(ValueError, match="Token id 60"):
+        decode(small, processor, force, input_ids=tiny.prompts(padded=False)[0] % 40)
 
 
 def test_two_that_pick_are_left_to_generate(complaints):

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from hf_logits.logits import difference, entropy, keep, kl_divergence, log_probs, plausible, row_column, top_p
+from hf_logits.logits import (
+    difference,
+    entropy,
+    keep,
+    kl_divergence,
+    log_probs,
+    normalise,
+    plausible,
+    row_column,
+    top_p,
+)
 from oracles import ATOL, ENTROPY_BITS, ENTROPY_BITS_BANNED, ENTROPY_LOGITS, ENTROPY_NATS, ENTROPY_SHARE, row
 
 
@@ -204,3 +214,15 @@ def test_a_row_without_a_live_token_stays_banned():
     scores = torch.tensor([[-math.inf, -math.inf], [0.0, 0.0]])
     assert torch.equal(log_probs(scores)[0], scores[0])
     torch.testing.assert_close(log_probs(scores)[1], torch.tensor([0.5, 0.5]).log())
+
+
+@pytest.mark.parametrize("size", [300.0, 3e3, 1e5, 1e7])
+def test_large_scores_are_normalised_as_exactly_as_small_ones(size):
+    scores = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) + size
+    torch.testing.assert_close(normalise(scores), scores.log_softmax(-1), rtol=0.0, atol=0.0)
+
+
+def test_kl_is_finite_where_a_ban_meets_no_probability():
+    p, q = torch.tensor([[0.0, -150.0]]), torch.tensor([[0.0, -math.inf]])
+    assert kl_divergence(p, q).item() == 0.0
+    assert kl_divergence(torch.tensor([[-0.1, -2.3]]), q).isposinf().all()
