@@ -26,10 +26,6 @@ def measure(lora: LoraConfig, new: int, repeats: int) -> dict[str, list[float]]:
         for length in range(ids.shape[1], text.shape[1]):
             engine(text[:, :length])
 
-    def apart() -> None:
-        for name in names:
-            follow(name)
-
     def plain() -> None:
         with lm.disable_adapter():
             decode(lm, ids, new=new)
@@ -37,7 +33,7 @@ def measure(lora: LoraConfig, new: int, repeats: int) -> dict[str, list[float]]:
             lm.set_adapter(name)
             decode(lm, ids, new=new)
 
-    return alternate({"together": lambda: follow(*names), "engines": apart, "plain": plain}, repeats)
+    return alternate({"together": lambda: follow(*names), "plain": plain}, repeats)
 
 
 def run(quick: bool = False) -> str:
@@ -50,7 +46,6 @@ def run(quick: bool = False) -> str:
         lines.append(
             row(f"{name} / plain generate() of each", ratio(together, times["plain"]), TARGET, seconds(together))
         )
-        lines.append(row(f"{name} / an engine for each", ratio(together, times["engines"]), None, ""))
     return table(["base and two adapters in one forward", "time"], lines)
 
 
