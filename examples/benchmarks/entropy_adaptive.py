@@ -92,10 +92,14 @@ def run(quick: bool = False) -> str:
             "small prompt": lambda ids=ids: decode(small, ids, new=1),
         }
         if batch > 1:
+            candidates.clear()
             apart = schedule(chose, ids.shape[1], everybody=False)
             candidates["catch-all"] = player([small, large], together, ids.shape[1] + new // 2)
             candidates["regrouped"] = player([small, large], apart, ids.shape[1] + new // 2)
         times = alternate(candidates, 1 if quick else 5)
+        if batch > 1:
+            lines.append(row("catch-all / regrouping", ratio(times["catch-all"], times["regrouped"]), None, here, ""))
+            continue
         alone = [share * a + (1 - share) * b for a, b in zip(times["large"], times["small"], strict=True)]
         # Both models read the prompt, and alone only one does: the same without the prompts.
         both = [a + b for a, b in zip(times["large prompt"], times["small prompt"], strict=True)]
@@ -124,8 +128,6 @@ def run(quick: bool = False) -> str:
             row("the loop / the processor beside generate()", ratio(times["loop"], times["beside"]), None, here, ""),
             row("the loop / the large model alone", ratio(times["loop"], times["large"]), None, here, ""),
         ]
-        if batch > 1:
-            lines.append(row("catch-all / regrouping", ratio(times["catch-all"], times["regrouped"]), None, here, ""))
     return table(["entropy-adaptive decoding", "", "time"], lines)
 
 
