@@ -61,12 +61,39 @@ def plausible(
 
 
 def top_p(log_probs: Float[Tensor, "R V"], mass: float) -> Bool[Tensor, "R V"]:
-    """Nucleus: the smallest set of most probable tokens that holds at least `mass`."""
-    ordered, order = log_probs.sort(dim=-1, descending=True, stable=True)
+    """Nucleus: the smallest set of most probable tokens that holds at least `mass`; of equal tokens the first are in it."""
     # a token stays while the mass in front of it is below the wanted one: the first always does
-    before = ordered.exp().cumsum(-1) - ordered.exp()
-    kept = (before < mass) & ~ordered.isneginf()
-    return torch.zeros_like(kept).scatter(-1, order, kept)
+    return leading(-log_probs, log_probs.exp(), mass, inclusive=False) & ~log_probs.isneginf()
+
+
+def leading(
+    values: Float[Tensor, "R V"], mass: Float[Tensor, "R V"], bound: float, *, inclusive: bool
+) -> Bool[Tensor, "R V"]:
+    """The first tokens by rising `values`, of equal ones by index, as long as their mass is below `bound`.
+
+    That is the mass in front of a token, with its own if `inclusive`. Never is all the mass below the bound, rounding or not.
+    A sort would tell. Looking where the bound is reached, at 16 bits of the values after 16, takes a fraction of its time.
+    """
+    # Read as integers, floats keep their order once negative ones are turned round; + 0.0 makes -0.0 equal 0.0.
+    key = (values + 0.0).view(torch.int64 if values.dtype == torch.float64 else torch.int32)
+    bits = 8 * key.element_size()
+    key = key ^ ((key >> (bits - 1)) & torch.iinfo(key.dtype).max)
+    before, base = torch.zeros_like(mass[:, :1]), torch.full_like(key[:, :1], -(2**15))
+    for shift in range(bits - 16, -1, -16):
+        # The mass of each next digit; what differs in those so far goes into the bins at the ends.
+        digit = (key >> shift).sub_(base).clamp_(-1, 2**16).add_(1).long()
+        total = mass.new_zeros(len(mass), 2**16 + 2).scatter_add_(-1, digit, mass)[:, 1:-1].cumsum(-1).add_(before)
+        below = (total < total[:, -1:].clamp(max=bound)).sum(-1, keepdim=True)
+        before = torch.where(below > 0, total.gather(-1, (below - 1).clamp(min=0)), before)
+        reached = base + below.to(key.dtype)
+        base = reached << 16
+    tied = key == reached
+    own = torch.where(tied, mass, 0.0)
+    within = own.cumsum(-1).add_(before)
+    bounds = within[:, -1:].clamp(max=bound)
+    if not inclusive:
+        within.sub_(own)
+    return (key < reached) | (tied & (within < bounds))
 
 
 def keep(scores: Float[Tensor, "R V"], kept: Bool[Tensor, "R V"]) -> Float[Tensor, "R V"]:

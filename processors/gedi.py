@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from hf_logits.auxiliary import Context
 from hf_logits.checks import check_number, check_per_row
-from hf_logits.logits import keep, row_column
+from hf_logits.logits import leading, row_column
 from hf_logits.prefix import Step
 from hf_logits.processing import AuxiliaryLogitsProcessor, Model
 from hf_logits.prompts import Rewrite, as_data, as_rewrite, check_known, tokenize
@@ -41,10 +41,11 @@ def class_log_posterior(
         length_normalise: whether sums are divided by their length, the candidate included.
     """
     # a_c(w) = scale * (R_c + log p(w | c)) / (n + 1) + bias_c
-    logits = running[..., None] + conditional
+    factor = torch.ones_like(conditional[0, :, :1]) * scale
     if length_normalise:
-        logits = logits / (length[:, None] + 1)
-    return (scale * logits + bias[:, None, None]).log_softmax(0)[0]
+        factor = factor / (length[:, None] + 1)
+    offset = running[..., None] * factor + bias[:, None, None]
+    return (conditional * factor).add_(offset).log_softmax(0)[0]
 
 
 def gedi_filter(
@@ -52,18 +53,13 @@ def gedi_filter(
 ) -> Float[Tensor, "R V"]:
     """Ban the tokens of least posterior that together hold less than `filter_p` of the weighted probability.
 
-    Tokens whose posterior is at least `target_p` stay. So do, always, the best ones by posterior, rounding or not.
+    Tokens whose posterior is at least `target_p` stay. So do, always, the best ones by posterior, rounding or not. Of equal
+    posteriors the first token goes first.
     """
-    probs = scores.softmax(-1)
-    ordered, order = log_posterior.sort(dim=-1, stable=True)
-    removed = (probs.gather(-1, order).cumsum(-1) < filter_p) & (
-        ordered < math.log(target_p) if target_p > 0 else False
-    )
-    # The last live token in posterior order stays even if rounding leaves the sum below 1.
-    alive = ~scores.isneginf().gather(-1, order)
-    last = torch.where(alive, torch.arange(alive.shape[-1], device=alive.device), -1).amax(-1, keepdim=True)
-    removed = removed & (torch.arange(alive.shape[-1], device=alive.device) != last)
-    return keep(scores, ~torch.zeros_like(removed).scatter(-1, order, removed))
+    if target_p == 0:
+        return scores
+    removed = leading(log_posterior, scores.softmax(-1), filter_p, inclusive=True)
+    return scores.masked_fill(removed & (log_posterior < math.log(target_p)), -math.inf)
 
 
 class GeDiLogitsProcessor(AuxiliaryLogitsProcessor):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from hf_logits.processors.dynamic_fusion import (
@@ -13,6 +14,7 @@ from hf_logits.processors.dynamic_fusion import (
     fusion_loss,
     fusion_shift,
     fusion_targets,
+    grid_weight,
     grid_weights,
 )
 from oracles import (
@@ -252,6 +254,192 @@ def test_the_exact_solver_is_the_global_optimum(spread):
     assert (losses >= least - 1e-3).all()
 
 
+def direct_loss(big, direction, weight, targets):
+    """The loss of a weight a row by its definition, token by token."""
+    plain, moved = big.log_softmax(-1), (big + weight[:, None] * direction).log_softmax(-1)
+    forward, backward = (moved.exp() * (moved - plain)).sum(-1), (plain.exp() * (plain - moved)).sum(-1)
+    return (forward - targets[0]) ** 2 + (backward - targets[1]) ** 2
+
+
+def direct_grid(big, direction, targets, grid):
+    losses = torch.stack([direct_loss(big, direction, torch.full_like(big[:, 0], w), targets) for w in grid])
+    return big.new_tensor(grid)[losses.argmin(0)], losses.amin(0)
+
+
+def patient_loss(big, direction, targets, max_weight):
+    """The least loss: between the weights at which either distance meets its target, by ever finer scans."""
+
+    def distance(weight, i):
+        return fusion_shift(big, direction, weight)[i]
+
+    low = torch.zeros(2, len(big), dtype=big.dtype)
+    high = torch.full_like(low, max_weight)
+    for _ in range(30):
+        middle = (low + high) / 2
+        short = torch.stack([distance(middle[i], i) < targets[i] for i in (0, 1)])
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    low, high = low.amin(0), high.amax(0)
+    best, least = low, direct_loss(big, direction, low, targets)
+    for _ in range(8):
+        for part in range(9):
+            weight = low + part / 8 * (high - low)
+            loss = direct_loss(big, direction, weight, targets)
+            best, least = torch.where(loss < least, weight, best), torch.minimum(loss, least)
+        width = (high - low) / 8
+        low, high = torch.maximum(low, best - width), torch.minimum(high, best + width)
+    return least
+
+
+def hard(kind, rows=30):
+    """Big model, direction and targets, in double precision, that are hard in some way."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(scale, words):
+        return scale * torch.randn(rows, words, generator=generator).double()
+
+    def even(scale, words):
+        return scale * (2 * torch.rand(rows, words, generator=generator).double() - 1)
+
+    def spiked(words):
+        spike = torch.zeros(rows, words).double()
+        return spike.scatter(
+            -1, torch.arange(rows)[:, None] % words, 40 * torch.rand(rows, 1, generator=generator).double()
+        )
+
+    def outliers(words, bulk, far, rare):
+        """Tokens that nobody says, but that the expert would move far."""
+        odd = torch.arange(words) % 50 == 0
+        big = noise(3.0, words) - rare * odd
+        small = big + noise(1.0, words)
+        return big, small, small + noise(bulk, words) + far * odd
+
+    if kind == "peaked":
+        big = noise(8.0, 1500)
+        small = 0.7 * big + noise(4.0, 1500)
+        values = big, small, small + noise(1.5, 1500)
+    elif kind == "close":
+        big = noise(4.0, 1500)
+        small = big + noise(1.0, 1500)
+        values = big, small, small + noise(0.05, 1500)
+    elif kind == "same base":
+        small = noise(3.0, 1500)
+        values = small, small, small + noise(2.0, 1500)
+    elif kind == "out of reach":
+        values = noise(12.0, 300), (small := noise(0.2, 300)), small + noise(3.0, 300)
+    elif kind == "one word":
+        values = noise(2.0, 300), (small := noise(2.0, 300)), small + spiked(300)
+    elif kind == "three levels":
+        levels = 20 * torch.randint(-1, 2, (rows, 20), generator=generator).double()
+        values = noise(5.0, 20), (small := noise(2.0, 20)), small + levels
+    elif kind.startswith("range"):
+        words, size = (8, float(kind[5:-1])) if kind.endswith("s") else (1500, float(kind[5:]))
+        values = noise(3.0, words), (small := noise(3.0, words)), small + even(size, words)
+    elif kind == "forbidden":
+        values = outliers(1500, 0.3, -1e4, 60.0)
+    elif kind == "far below":
+        values = outliers(1500, 0.02, -60.0, 15.0)
+    elif kind == "far above":
+        values = outliers(1500, 0.3, 15.0, 40.0)
+    else:
+        size = float(kind)
+        values = noise(size, 4), (small := noise(size, 4)), small + noise(size, 4)
+    big, small, expert = (value.log_softmax(-1) for value in values)
+    return big, expert - small, fusion_targets(small, expert[None])
+
+
+HARD = [
+    *("1", "3", "10", "peaked", "close", "same base", "out of reach", "one word", "three levels"),
+    *("range5", "range50", "range50s", "range200", "range1000", "forbidden", "far below", "far above"),
+]
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_the_exact_solver_is_never_worse_than_the_grid_or_than_patience(kind):
+    big, direction, targets = hard(kind)
+    weights, losses = exact_weight(big, direction, targets, max_weight=2.0)
+    assert ((weights >= 0) & (weights <= 2)).all()
+    torch.testing.assert_close(losses, direct_loss(big, direction, weights, targets))
+    _, of_grid = direct_grid(big, direction, targets, GRID)
+    assert (losses <= of_grid + 1e-9 * (1 + of_grid)).all()
+    patient = patient_loss(big, direction, targets, 2.0)
+    assert (losses <= patient + 1e-8 * (1 + patient)).all()
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_single_precision_is_no_worse_than_the_grid_either(kind):
+    big, direction, targets = hard(kind)
+    single = big.float(), direction.float(), tuple(target.float() for target in targets)
+    weights, _ = exact_weight(*single, max_weight=2.0)
+    assert weights.dtype == torch.float32
+    on_grid, _ = direct_grid(*single, GRID)
+    ours, other = (direct_loss(big, direction, found.double(), targets) for found in (weights, on_grid))
+    assert (ours <= other + 3e-6 * (1 + other)).all()
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_the_grid_is_searched_as_if_point_by_point(kind):
+    problem = hard(kind)
+    for grid in (GRID, [0.0, 0.7, 1.4], [0.5]):
+        weights, losses = grid_weight(*problem, grid=grid)
+        right, least = direct_grid(*problem, grid)
+        assert torch.equal(weights, right)
+        torch.testing.assert_close(losses, least)
+
+
+@pytest.mark.parametrize("kind", ["peaked", "range50", "one word"])
+def test_a_very_fine_grid(kind):
+    problem = hard(kind, rows=6)
+    grid = [i / 1000 for i in range(2001)]
+    weights, losses = grid_weight(*problem, grid=grid)
+    _, least = direct_grid(*problem, grid)
+    torch.testing.assert_close(losses, least)
+    torch.testing.assert_close(losses, direct_loss(problem[0], problem[1], weights, problem[2]))
+
+
+def test_several_directions_are_searched_each_by_itself():
+    big, small, experts = problems(7, 300, 1.5, seed=4, experts=3)
+    directions, targets = experts - small, fusion_targets(small, experts)
+    for solve, settings in ((exact_weight, {"max_weight": 2.0}), (grid_weight, {"grid": GRID})):
+        weights, losses = solve(big, directions, targets, **settings)
+        assert weights.shape == losses.shape == (3, 7)
+        for t in range(3):
+            alone = solve(big, directions[t], targets, **settings)
+            torch.testing.assert_close((weights[t], losses[t]), alone)
+
+
+@pytest.mark.parametrize("solve", [exact_weight, grid_weight])
+def test_no_reason_to_move_is_a_weight_of_zero(solve):
+    settings = {"max_weight": 2.0} if solve is exact_weight else {"grid": GRID}
+    big, direction, targets = hard("peaked")
+    still, never = torch.zeros_like(direction), tuple(torch.zeros_like(target) for target in targets)
+    for problem in ((big, still, targets), (big, still, never), (big, direction, never)):
+        weights, _ = solve(*problem, **settings)
+        assert weights.tolist() == [0] * len(big)
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that is made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            self.size = max(self.size, value.numel() if isinstance(value, torch.Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("solve", [exact_weight, grid_weight])
+def test_a_solver_waits_for_no_device_and_holds_no_grid_of_vocabularies(solve):
+    """Tensors on `meta` have no values: whoever asks for one fails."""
+    settings = {"max_weight": 2.0} if solve is exact_weight else {"grid": GRID}
+    big, direction, target = (torch.empty(shape, device="meta") for shape in ((4, 128_000), (2, 4, 128_000), (4,)))
+    with Largest() as largest:
+        weights, losses = solve(big, direction, (target, target), **settings)
+    assert weights.shape == losses.shape == (2, 4)
+    assert largest.size == direction.numel()
+
+
 @pytest.mark.parametrize("limit", [0.5, 3.0])
 def test_the_limit_of_the_weight(limit, models):
     _, trace = fused(models, max_weight=limit)
@@ -277,6 +465,20 @@ def test_a_big_model_equal_to_the_small_one_becomes_the_expert(solver, models):
     assert abs(trace["weight"].item() - 1) < 1e-5
     small, expert = ONE[1:]
     assert fusion_loss(small, expert - small, 1.0, TARGETS).item() < 1e-20
+
+
+@pytest.mark.parametrize("solver", ["grid", "exact"])
+def test_of_equal_experts_the_first_is_used(solver, models):
+    _, trace = fused(models, FUSION_EXPERT, FUSION_EXPERT, solver=solver)
+    _, alone = fused(models, FUSION_EXPERT, solver=solver)
+    torch.testing.assert_close(trace["weight_0"], alone["weight"])
+    assert trace["weight_1"].tolist() == [0]
+
+
+@pytest.mark.parametrize("solver", ["grid", "exact"])
+def test_together_one_expert_is_alone(solver, models):
+    together, alone = (fused(models, solver=solver, combine=combine) for combine in ("joint", "single"))
+    torch.testing.assert_close(together, alone)
 
 
 @pytest.mark.parametrize("solver", ["grid", "exact"])
