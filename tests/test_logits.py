@@ -10,6 +10,7 @@ from hf_logits.logits import (
     entropy,
     keep,
     kl_divergence,
+    leading,
     log_probs,
     normalise,
     plausible,
@@ -172,6 +173,75 @@ def test_the_nucleus_equals_a_loop():
             if total >= 0.7:
                 break
         assert found[r].nonzero()[:, 0].tolist() == sorted(inside)
+
+
+def sorted_nucleus(log_probs, mass):
+    """By a sort, which the filter does without."""
+    ordered, order = log_probs.sort(dim=-1, descending=True, stable=True)
+    kept = (ordered.exp().cumsum(-1) - ordered.exp() < mass) & ~ordered.isneginf()
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def sorted_leading(values, mass, bound, inclusive):
+    order = values.sort(dim=-1, stable=True).indices
+    ordered = mass.gather(-1, order)
+    kept = ordered.cumsum(-1) - (0.0 if inclusive else ordered) < bound
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def some_values(kind, dtype):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(12, 700, generator=generator, dtype=dtype)
+    if kind == "ties":
+        values = (2 * values).round() / 4
+    elif kind == "close":  # they differ in their last bits alone
+        values = 1 + torch.finfo(dtype).eps * (8 * values).round()
+    elif kind == "wide":
+        values = values.sign() * (60 * values).exp().clamp(max=1e30)
+    elif kind == "zeros":
+        values = torch.where(values > 0.3, 0.0, torch.where(values < -0.3, -0.0, values))
+    elif kind == "infinite":
+        values = values.masked_fill(values > 1.0, INF).masked_fill(values < -1.0, -INF)
+    return values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["random", "ties", "close", "wide", "zeros", "infinite"])
+@pytest.mark.parametrize("inclusive", [True, False])
+def test_the_leading_tokens_are_those_of_a_sort(kind, dtype, inclusive):
+    values = some_values(kind, dtype)
+    # sums of these are exact, in any order
+    mass = torch.randint(0, 64, values.shape, generator=torch.Generator().manual_seed(1)).to(dtype) / 4096
+    for bound in (1 / 4096, 0.5, 2.0, 4.0, 5.0):
+        assert torch.equal(
+            leading(values, mass, bound, inclusive=inclusive), sorted_leading(values, mass, bound, inclusive)
+        )
+
+
+def test_all_the_mass_is_never_below_the_bound():
+    values, mass = some_values("random", torch.float32), torch.full((12, 700), 1 / 700)
+    found = leading(values, mass * 0.99, 1.0, inclusive=True)
+    assert torch.equal(found, values < values.amax(-1, keepdim=True))
+    assert leading(values, mass, 2.0, inclusive=False).all()
+    assert not leading(values, mass, 0.0, inclusive=False).any()
+    assert not leading(values, mass * 0, 1.0, inclusive=True).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_nucleus_is_that_of_a_sort(dtype):
+    said = (3 * torch.randn(20, 5000, generator=torch.Generator().manual_seed(0), dtype=dtype)).log_softmax(-1)
+    said = said.masked_fill(torch.rand(20, 5000, generator=torch.Generator().manual_seed(1)) < 0.1, -INF)
+    for values in (said.log_softmax(-1), (4 * said).round().div(4).log_softmax(-1)):
+        for mass in (1e-6, 0.25, 0.9, 0.999):
+            apart = top_p(values, mass) ^ sorted_nucleus(values, mass)
+            # single precision: sums of thousands of tokens end with an error, and so does the sort's
+            assert values.exp()[apart].sum() < 1e-5 if dtype == torch.float32 else not apart.any()
+
+
+def test_a_dead_row_has_no_nucleus_and_harms_no_other():
+    said = torch.tensor([[-INF, -INF], [0.5, 0.5]]).log()
+    said[0] = -INF
+    assert top_p(said, 0.5).tolist() == [[False, False], [True, False]]
 
 
 # --- small ones ----------------------------------------------------------------------------------------------------------------

@@ -1,107 +1,98 @@
-"""What choosing the weight of dynamic fusion costs, against the paper's grid computed naively. `python fusion_solver.py`
+"""What it costs to choose dynamic fusion's weight, against the paper's grid of 21 points computed as it is written.
 
-Everything runs on the CPU, [4, 128000] in float32, on two threads, the candidates in turn. No model is needed.
+On the CPU, for four rows of 128 000 tokens in float32, with two threads. No model is needed.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from common import PeakMemory, alternate, ratio, row, table, threads
 from torch import Tensor
 
 from hf_logits.processors.dynamic_fusion import exact_weight, fusion_targets, grid_weight
 
 
 GRID = [i / 10 for i in range(21)]
-TARGETS = {"exact": 0.15, "grid": None}  # of the naive grid's time
+TARGETS = {"exact": 0.15, "grid": None}
+
+Problem = tuple[Tensor, Tensor, tuple[Tensor, Tensor]]
 
 
-def naive_grid(big: Tensor, direction: Tensor, targets: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The paper's search as it is written: at each point a softmax and both divergences, token by token."""
-    plain = big.log_softmax(-1)
+def direct_loss(big: Tensor, direction: Tensor, targets: tuple[Tensor, Tensor], weight: float | Tensor) -> Tensor:
+    """A softmax and both divergences, token by token."""
+    plain, moved = big.log_softmax(-1), (big + weight * direction).log_softmax(-1)
+    forward = (moved.exp() * (moved - plain)).sum(-1)
+    backward = (plain.exp() * (plain - moved)).sum(-1)
+    return (forward - targets[0]) ** 2 + (backward - targets[1]) ** 2
+
+
+def naive_grid(big: Tensor, direction: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
     best, least = torch.zeros_like(big[:, 0]), torch.full_like(big[:, 0], torch.inf)
     for weight in GRID:
-        moved = (big + weight * direction).log_softmax(-1)
-        forward = (moved.exp() * (moved - plain)).sum(-1)
-        backward = (plain.exp() * (plain - moved)).sum(-1)
-        loss = (forward - targets[0]) ** 2 + (backward - targets[1]) ** 2
-        better = loss < least
-        best, least = torch.where(better, weight, best), torch.where(better, loss, least)
-    return best, least
+        loss = direct_loss(big, direction, targets, weight)
+        best, least = torch.where(loss < least, weight, best), torch.minimum(loss, least)
+    return best
 
 
-def problems(rows: int, vocab: int) -> dict[str, tuple[Tensor, Tensor, tuple[Tensor, Tensor]]]:
-    """Big model, direction and targets: of noise, and of logits peaked as a language model's are."""
+def problems(rows: int, vocab: int) -> dict[str, Problem]:
+    """Big model, direction and targets: of noise, and peaked as language models are."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(scale: float) -> Tensor:
         return scale * torch.randn(rows, vocab, generator=generator)
 
+    def problem(big: Tensor, small: Tensor, change: Tensor) -> Problem:
+        big, small, expert = (values.log_softmax(-1) for values in (big, small, small + change))
+        return big, expert - small, fusion_targets(small, expert[None])
+
     ranks = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(rows)]) + 1.0
-    common = 10 - 2 * ranks.log()  # the likelier a token, the more both models agree about it
-    moved = torch.where(torch.rand(rows, vocab, generator=generator) < 0.01, noise(3.0), noise(0.5))
-    logits = {
-        "random normal": (noise(1.0), small := noise(1.0), small + noise(1.0)),
-        "peaked": (common + noise(1.0), small := common + noise(1.5), small + moved),
+    common = -2 * ranks.log()  # the models agree about what is common
+    few = torch.where(torch.rand(rows, vocab, generator=generator) < 0.01, noise(3.0), noise(0.5))
+    return {
+        "random normal": problem(noise(1.0), noise(1.0), noise(1.0)),
+        "peaked": problem(common + noise(1.0), common + noise(1.5), few),
     }
-    found = {}
-    for name, values in logits.items():
-        big, small, expert = (value.log_softmax(-1) for value in values)
-        found[name] = big, expert - small, fusion_targets(small, expert[None])
-    return found
-
-
-def alternate(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each candidate, one after the other and over again, after one warm-up each."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for candidate in candidates.values():
-        candidate()
-    for _ in range(repeats):
-        for name, candidate in candidates.items():
-            start = time.perf_counter()
-            candidate()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def run(quick: bool = False) -> str:
-    """A Markdown table: medians, the middle half of the measurements, the ratio to the naive grid, losses."""
-    torch.set_num_threads(2)
-    lines = [
-        "| logits | solver | median ms | quartiles | time / naive | target | loss, mean of rows | verdict |",
-        "|---|---|--:|--:|--:|--:|--:|---|",
-    ]
-    for name, (big, direction, targets) in problems(*(2, 8000) if quick else (4, 128_000)).items():
-        solvers = {
-            "naive grid": lambda: naive_grid(big, direction, targets),  # noqa: B023
-            "grid": lambda: grid_weight(big, direction, targets, grid=GRID),  # noqa: B023
-            "exact": lambda: exact_weight(big, direction, targets, max_weight=GRID[-1]),  # noqa: B023
-        }
-        weights = {solver: solve()[0] for solver, solve in solvers.items()}
-        # all losses by one ruler, in double precision
-        whole = big.double(), direction.double()
-        losses = {solver: _loss(*whole, weight.double(), targets) for solver, weight in weights.items()}
-        seconds = alternate(solvers, 3 if quick else 21)
-        naive = statistics.median(seconds["naive grid"])
-        for solver, times in seconds.items():
-            median, (low, _, high) = statistics.median(times), statistics.quantiles(times, n=4)
-            good = bool((losses[solver] <= losses["naive grid"] * (1 + 1e-5) + 1e-12).all())
-            if solver == "grid":
-                good = good and torch.equal(weights["grid"], weights["naive grid"])
-            target = TARGETS.get(solver)
-            met = good and (target is None or median / naive <= target)
-            lines.append(
-                f"| {name} | {solver} | {median * 1e3:.2f} | {low * 1e3:.2f} - {high * 1e3:.2f} | {median / naive:.3f} "
-                f"| {'' if target is None else f'<= {target}'} | {losses[solver].mean():.3e} | {'met' if met else 'missed'} |"
-            )
-    return "\n".join(lines)
-
-
-def _loss(big: Tensor, direction: Tensor, weight: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-    plain, moved = big.log_softmax(-1), (big + weight[:, None] * direction).log_softmax(-1)
-    forward, backward = (moved.exp() * (moved - plain)).sum(-1), (plain.exp() * (plain - moved)).sum(-1)
-    return (forward - targets[0]) ** 2 + (backward - targets[1]) ** 2
+    lines = []
+    with threads(2):
+        for name, problem in problems(2 if quick else 4, 20_000 if quick else 128_000).items():
+            big, direction, targets = problem
+            solvers: dict[str, Callable[[], Tensor]] = {
+                "naive grid": lambda problem=problem: naive_grid(*problem),
+                "grid": lambda problem=problem: grid_weight(*problem, grid=GRID)[0],
+                "exact": lambda problem=problem: exact_weight(*problem, max_weight=GRID[-1])[0],
+            }
+            weights, memory = {}, {}
+            for solver, solve in solvers.items():
+                with PeakMemory() as meter:
+                    meter._known.update(value.untyped_storage().data_ptr() for value in (big, direction, *targets))
+                    weights[solver] = solve()
+                memory[solver] = meter.peak / big.nbytes
+                meter.close()
+            # one ruler for all: in double precision
+            losses = {
+                s: direct_loss(big.double(), direction.double(), targets, w.double()[:, None])
+                for s, w in weights.items()
+            }
+            assert torch.equal(weights["grid"], weights["naive grid"])
+            assert (losses["exact"] <= losses["grid"] + 1e-9).all()
+            times = alternate(solvers, 2 if quick else 25)
+            for solver, seconds in times.items():
+                lines.append(
+                    row(
+                        name,
+                        ratio(seconds, times["naive grid"]),
+                        TARGETS.get(solver),
+                        solver,
+                        f"{1e3 * statistics.median(seconds):.1f} ms",
+                        f"{memory[solver]:.1f}",
+                        f"{losses[solver].mean():.2e}",
+                    )
+                )
+    return table(["logits", "solver", "time", "memory / [rows, V]", "mean loss"], lines)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ TABLES = {
     "adapters": "LoRA experts in one forward",
     "entropy_adaptive": "Entropy-adaptive decoding",
     "fusion_solver": "Solvers of dynamic logit fusion",
+    "filters": "Filters of the vocabulary",
     "engine": "The engine",
     "trainers": "Training steps against the stock trainers",
     "ches": "Scoring preference pairs",
