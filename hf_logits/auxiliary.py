@@ -20,7 +20,15 @@ from jaxtyping import Float, Int
 from peft import PeftModel, PeftType
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
@@ -126,7 +134,9 @@ class AuxiliaryLM:
         self._check_contexts()
 
         parameters = inspect.signature(self._base.forward).parameters
-        self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
+        # One name since transformers 5.24; before, it depended on the model.
+        named = parameters | inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+        self._cache_name = next((name for name in ("cache", "cache_params") if name in named), "past_key_values")
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
         text_config = self._base.config.get_text_config(decoder=True)

@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from transformers import (
     StaticCache,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -37,6 +39,9 @@ from hf_logits.processing import AuxiliaryLogitsProcessor
 
 
 logger = logging.get_logger(__name__)
+
+CACHE = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
+"""What `generate` calls the cache, among its arguments and in its output: transformers 5.24 has renamed it."""
 
 
 def generate(
@@ -78,13 +83,13 @@ def generate(
 
     Returns:
         What `generate` returns: a `torch.LongTensor` of shape `[R, L]`, or an output with `sequences`, `scores`, `logits` and
-        `past_key_values` of the generating model's own rows.
+        the cache of the generating model's own rows.
     """
     ours = [processor for processor in logits_processor if isinstance(processor, AuxiliaryLogitsProcessor)]
     picking = [processor for processor in ours if processor.picks_model and processor.engines]
     engines = list(dict.fromkeys(engine for processor in ours for engine in processor.engines))
     guests = [] if picking else [engine for engine in engines if _may_join(engine, model)]
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     # Whoever gave a cache, or is given one, finds the generating model's own rows in it.
     returns_cache = cache is not None and (
         generation_config.return_dict_in_generate or hasattr(cache, "_is_user_defined")
@@ -136,7 +141,7 @@ def generate(
             batch.host.read(Step(ids[:, :-1], input_ids.shape[1], mask, ids.shape[1] == input_ids.shape[1] + 1, None))
             batch.host.hand_over(cache, input_ids.shape[0])
     if isinstance(output, GenerateDecoderOnlyOutput):
-        output.past_key_values = cache
+        setattr(output, CACHE, cache)
     return output
 
 
@@ -317,8 +322,8 @@ def _other_mode(
     mode = generation_config.get_generation_mode(assistant)
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return f"it does not do {mode.value.replace('_', ' ')}"
-    cache = model_kwargs.get("past_key_values")
-    known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    cache = model_kwargs.get(CACHE)
+    known = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
     known |= {"output_attentions", "output_hidden_states"}
     unknown = sorted(name for name, value in model_kwargs.items() if name not in known and value is not None)
     window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -342,7 +347,7 @@ def _other_mode(
         or generation_config.output_hidden_states,
         f"the cache is a {type(cache).__name__}": cache is not None
         and (type(cache) not in (DynamicCache, StaticCache) or cache.offloading),
-        "the cache already holds tokens": cache is not None and int(cache.get_seq_length()) > 0,
+        "the cache already holds tokens": cache is not None and _holds_tokens(cache),
         "the prompt is longer than the model's window": window is not None and 0 < window < input_ids.shape[1],
         "there is no prompt": input_ids.shape[1] == 0,
         "the model's weights are spread over several processes": _spread(model),
@@ -353,6 +358,13 @@ def _other_mode(
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _holds_tokens(cache: Cache) -> bool:
+    """Whether something has been read into the cache. Recurrent layers do not count what they have read."""
+    if cache.layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return bool(cache.has_previous_state())
+    return int(cache.get_seq_length()) > 0
 
 
 def _spread(model: PreTrainedModel) -> bool:

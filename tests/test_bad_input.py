@@ -288,9 +288,9 @@ def test_a_minimum_stay(value):
 @pytest.mark.parametrize(
     ("build", "name", "value", "allowed"),
     [
-        (adaptive, "timing", "later", "'next', 'now'"),
-        (adaptive, "entropy_of", "both", "'current', 'small'"),
-        (adaptive, "start", "medium", "'large', 'small'"),
+        (adaptive, "timing", "later", "'now' or 'next'"),
+        (adaptive, "entropy_of", "both", "'current' or 'small'"),
+        (adaptive, "start", "medium", "'small' or 'large'"),
         (lqcd, "main", "other", "'neutral' or 'leading'"),
         (refusal, "mode", "two", "'single', 'category', 'sum' or 'bias'"),
         (fusion, "solver", "newton", "'grid' or 'exact'"),

@@ -31,6 +31,7 @@ import hf_logits
 import tiny
 from hf_logits import AuxiliaryLM, generation
 from hf_logits.auxiliary import BASE, Context
+from hf_logits.generation import CACHE
 from hf_logits.logits import entropy
 from hf_logits.processors import (
     DynamicFusionLogitsProcessor,
@@ -106,15 +107,15 @@ def test_the_cache_holds_the_generating_models_rows(static):
     """The contexts' rows, and the padding that their longer prompts cause, are not in it: a chat goes on from it."""
     model, ids = tiny.llama(), tiny.prompts(padded=False)[0]
     given = StaticCache(model.config, max_cache_len=40) if static else DynamicCache()
-    first = decode(model, cfg(model), input_ids=ids, past_key_values=given, return_dict_in_generate=True)
-    assert first.past_key_values is given and int(given.get_seq_length()) == ids.shape[1] + 9
+    first = decode(model, cfg(model), input_ids=ids, **{CACHE: given}, return_dict_in_generate=True)
+    assert first[CACHE] is given and int(given.get_seq_length()) == ids.shape[1] + 9
     again = decode(model, cfg(model), input_ids=ids, loop=False, return_dict_in_generate=True)
-    for ours, theirs in zip(given.layers, again.past_key_values.layers, strict=True):
+    for ours, theirs in zip(given.layers, again[CACHE].layers, strict=True):
         keys = ours.keys[:, :, : theirs.keys.shape[2]]
         torch.testing.assert_close(keys, theirs.keys, rtol=0.0, atol=1e-5)
     turn = torch.cat([first.sequences, torch.tensor([[40, 41]] * 2)], dim=1)
     settings = {"input_ids": turn, "disable_compile": True}
-    continued = decode(model, cfg(model), past_key_values=given, **settings)
+    continued = decode(model, cfg(model), **{CACHE: given}, **settings)
     assert torch.equal(continued, decode(model, cfg(model), loop=False, **settings))
 
 
@@ -124,14 +125,12 @@ def test_a_cache_of_padded_rows_alone():
     ids, mask = torch.tensor([[0, 0, 0, 9, 10, 11, 12, 13, 14]]), torch.tensor([[0] * 3 + [1] * 6])
     cache = DynamicCache()
     make = lambda: MixtureLogitsProcessor.cfg(model, [8, 9], scale=1.5)  # noqa: E731
-    first = decode(model, make(), input_ids=ids, attention_mask=mask, past_key_values=cache)
+    first = decode(model, make(), input_ids=ids, attention_mask=mask, **{CACHE: cache})
     assert cache.get_seq_length() == 9 + 9
     # The new ids alone, with the mask of everything: as `generate` allows it.
     whole = torch.nn.functional.pad(mask, (0, 12), value=1)
     turn = torch.cat([first, torch.tensor([[40, 41]])], dim=1)
-    continued = model.generate(
-        turn[:, 18:], attention_mask=whole, past_key_values=cache, max_new_tokens=5, do_sample=False
-    )
+    continued = model.generate(turn[:, 18:], attention_mask=whole, **{CACHE: cache}, max_new_tokens=5, do_sample=False)
     again = model.generate(turn, attention_mask=whole, max_new_tokens=5, do_sample=False)
     assert torch.equal(continued[:, 3:], again[:, 21:])
 
@@ -140,8 +139,8 @@ def test_a_cache_of_padded_rows_alone():
 def test_the_cache_is_whole_where_the_model_did_not_always_run(settings):
     small, cache = tiny.llama(), DynamicCache()
     processor = EntropyAdaptiveLogitsProcessor(tiny.llama(1), window=1, min_stay=2, **settings)
-    output = decode(small, processor, past_key_values=cache, return_dict_in_generate=True)
-    assert output.past_key_values is cache and cache.get_seq_length() == output.sequences.shape[1] - 1
+    output = decode(small, processor, **{CACHE: cache}, return_dict_in_generate=True)
+    assert output[CACHE] is cache and cache.get_seq_length() == output.sequences.shape[1] - 1
     other = decode(
         small,
         input_ids=output.sequences,
@@ -150,7 +149,7 @@ def test_the_cache_is_whole_where_the_model_did_not_always_run(settings):
         loop=False,
         attention_mask=torch.nn.functional.pad(tiny.prompts()[1], (0, 10), value=1),
     )
-    for ours, theirs in zip(cache.layers, other.past_key_values.layers, strict=True):
+    for ours, theirs in zip(cache.layers, other[CACHE].layers, strict=True):
         torch.testing.assert_close(ours.keys[1], theirs.keys[1, :, :-1], rtol=0.0, atol=1e-5)
 
 
@@ -275,8 +274,8 @@ def test_without_a_processor_of_ours_nothing_changes(complaints):
 def with_cache(model: PreTrainedModel) -> dict[str, Any]:
     ids, cache = tiny.prompts(padded=False)[0], DynamicCache()
     with torch.no_grad():
-        model(ids[:, :4], past_key_values=cache)
-    return {"input_ids": ids, "past_key_values": cache}
+        model(ids[:, :4], **{CACHE: cache})
+    return {"input_ids": ids, CACHE: cache}
 
 
 ELSEWHERE: dict[str, tuple[Any, str]] = {
@@ -285,7 +284,7 @@ ELSEWHERE: dict[str, tuple[Any, str]] = {
     "hidden_states": ({"output_hidden_states": True, "return_dict_in_generate": True}, "hidden states"),
     "no_cache": ({"use_cache": False}, "use_cache"),
     "a_filled_cache": (with_cache, "already holds tokens"),
-    "an_offloaded_cache": ({"past_key_values": lambda: DynamicCache(offloading=True)}, "cache is"),
+    "an_offloaded_cache": ({CACHE: lambda: DynamicCache(offloading=True)}, "cache is"),
     "positions": ({"position_ids": torch.arange(9).expand(2, 9) + 3}, "position_ids"),
     "token_types": ({"token_type_ids": torch.zeros(2, 9, dtype=torch.long)}, "token_type_ids"),
     "padding_on_the_right": (
@@ -305,8 +304,8 @@ def test_other_modes_run_as_without_the_loop(complaints, case):
     details, reason = ELSEWHERE[case]
     model = tiny.gpt2() if case == "token_types" else tiny.llama(max_position_embeddings=32)
     if case == "an_offloaded_cache":
-        details = {"past_key_values": DynamicCache()}
-        details["past_key_values"].offloading = True
+        details = {CACHE: DynamicCache()}
+        details[CACHE].offloading = True
     outputs = []
     for loop in (False, True):
         settings = dict(details(model) if callable(details) else details)

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import hf_logits
 from hf_logits import AuxiliaryLM
+from hf_logits.generation import CACHE
 from hf_logits.processors import EntropyAdaptiveLogitsProcessor
 
 
@@ -50,9 +51,9 @@ def player(models: list[Any], forwards: Forwards, length: int) -> Any:
             cache = caches.setdefault((which, rows), DynamicCache())
             past = 0 if width >= length // 2 else length
             if past and cache.get_seq_length() == 0:
-                models[which](prompts(rows, length=past), past_key_values=cache, logits_to_keep=1)
+                models[which](prompts(rows, length=past), **{CACHE: cache}, logits_to_keep=1)
             own = cache if past else DynamicCache()
-            models[which](prompts(rows, length=width), past_key_values=own, logits_to_keep=1)
+            models[which](prompts(rows, length=width), **{CACHE: own}, logits_to_keep=1)
             if past:
                 cache.crop(-width)
 
