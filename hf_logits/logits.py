@@ -61,7 +61,12 @@ def plausible(
 
 
 def top_p(log_probs: Float[Tensor, "R V"], mass: float) -> Bool[Tensor, "R V"]:
-    """Nucleus: the smallest set of most probable tokens that holds at least `mass`; of equal tokens the first are in it."""
+    """Nucleus: the smallest set of most probable tokens that holds at least `mass`; of equal tokens the first are in it.
+
+    `1` keeps everything that is not banned: a sum in floating point would reach it before the last token.
+    """
+    if mass >= 1.0:
+        return ~log_probs.isneginf()
     # a token stays while the mass in front of it is below the wanted one: the first always does
     return leading(-log_probs, log_probs.exp(), mass, inclusive=False) & ~log_probs.isneginf()
 

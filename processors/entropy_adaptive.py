@@ -159,9 +159,8 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
             return nn.functional.pad(logits[:, : main.vocab_size], (0, missing), value=-math.inf)
 
         self._main, self._calls = main.stats, self._calls + 1
-        self._histories.pop(
-            "kl", None
-        )  # of an earlier generation: here nobody knows what the other model would have said
+        # What an earlier generation noted: here nobody knows what the other model would have said.
+        self._histories.pop("kl", None)
         return self._decide(step, lambda: main.read(step, check_ids=False)[0].to(device), large)
 
     def _decide(
@@ -195,9 +194,8 @@ class EntropyAdaptiveLogitsProcessor(AuxiliaryLogitsProcessor):
         before = self._before(step, "entropy", None).to(measured)
         mean = torch.cat([before, measured[:, None]], dim=1)[:, -self.window :].mean(-1)
 
-        # The threshold as a column, back to one value a row.
         threshold = row_column(self.threshold, rows, mean)
-        threshold = threshold[:, 0] if isinstance(threshold, Tensor) else threshold
+        threshold = threshold[:, 0] if isinstance(threshold, Tensor) else threshold  # one value a row, not a column
         if self.timing == "now":
             chooses, stay = switch(at_work, stay, mean, threshold=threshold, min_stay=self.min_stay)
             after, stay = chooses, stay + 1

@@ -143,7 +143,8 @@ class Judge:
         if self.normalised:
             assert output.logsumexp(-1).abs().max() < 1e-5, "not normalised"
         expected = self.expected(input_ids, scores)
-        torch.testing.assert_close(output, expected, rtol=0.0, atol=self.tolerance)
+        # Differences of log-probabilities, times a weight, differ in the sixth digit: other batches round otherwise.
+        torch.testing.assert_close(output, expected, rtol=2e-6, atol=self.tolerance)
         finite = expected.isfinite()
         self.worst = max(self.worst, float((output - expected)[finite].abs().max()))
         self.lengths.append(input_ids.shape[1])

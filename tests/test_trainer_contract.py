@@ -148,17 +148,19 @@ def test_bf16_is_near_float32(row, tmp_path):
 
 @each
 @pytest.mark.parametrize(
-    "settings", [{"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}], ids=lambda s: next(iter(s))
+    ("setting", "rounding"),
+    # References that are computed beforehand are computed in other batches: the last digit can differ.
+    [("precompute_ref_log_probs", 1e-6), ("gradient_checkpointing", 0.0)],
 )
-def test_settings_that_cost_or_save_memory_change_nothing(row, settings, tmp_path):
-    if row.refuses & settings.keys():
-        with pytest.raises(ValueError, match=next(iter(settings))):
-            row.make(tmp_path, **settings)
+def test_settings_that_cost_or_save_memory_change_nothing(row, setting, rounding, tmp_path):
+    if setting in row.refuses:
+        with pytest.raises(ValueError, match=setting):
+            row.make(tmp_path, **{setting: True})
         return
-    trainers = [row.make(tmp_path / str(index), **more) for index, more in enumerate(({}, settings))]
+    trainers = [row.make(tmp_path / str(value), **STEEP, **{setting: value}) for value in (False, True)]
     for trainer in trainers:
         trainer.train()
-    assert equal(*map(weights, trainers))
+    assert distance(*map(weights, trainers)) <= rounding
 
 
 @each

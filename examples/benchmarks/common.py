@@ -96,8 +96,8 @@ def row(what: str, measured: tuple[float, float, float], target: float | None, *
     return [
         what,
         *details,
-        f"**{middle:.3g}**",
-        f"{low:.3g} to {high:.3g}",
+        f"**{middle:#.3g}**",
+        f"{low:#.3g} to {high:#.3g}",
         "" if target is None else f"≤ {target:g}",
         verdict,
     ]
