@@ -357,13 +357,25 @@ def test_positions_that_do_not_begin_at_zero(complaints):
     assert "counts positions" in complaints[0]
 
 
-def test_a_recurrent_state_is_not_handed_over(complaints):
-    model = tiny.bamba()
+@pytest.mark.parametrize("kind", ["mamba", "bamba"])
+def test_a_recurrent_state_is_not_handed_over(complaints, kind):
+    model = tiny.DECODERS[kind]()
     make = lambda: EntropyAdaptiveLogitsProcessor(tiny.llama(1), threshold=2.5, min_stay=2)  # noqa: E731
     plain, ours = (decode(model, make(), loop=loop, return_dict_in_generate=True) for loop in (False, True))
     assert torch.equal(plain.sequences, ours.sequences) and "recurrent" in complaints[0]
     complaints.clear()
     assert torch.equal(decode(model, make()), plain.sequences) and not complaints
+
+    ids = tiny.prompts(padded=False)[0]
+    for filled, reason in ((False, "recurrent"), (True, "already holds tokens")):
+        outputs, complaints[:] = [], []
+        for loop in (False, True):
+            cache = DynamicCache(config=model.config)
+            if filled:
+                with torch.no_grad():
+                    model(ids[:, :4], **{AuxiliaryLM(model)._cache_name: cache}, use_cache=True)
+            outputs.append(decode(model, make(), input_ids=ids, **{CACHE: cache}, loop=loop))
+        assert torch.equal(*outputs) and reason in complaints[0]
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused(complaints):
