@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
 import random
 import runpy
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import launching
 import preferences
 import tiny
 
@@ -59,16 +57,9 @@ def small(tmp_path):
 
 def run(name, small, out, *arguments, launch=()):
     """As on the command line."""
-    command = [sys.executable, *launch, FOLDER / f"{name}.py", "--config", FOLDER / f"{name}.yaml"]
-    command += ["--model_name_or_path", small, "--output_dir", out, "--max_steps", 2, "--disable_tqdm", "true"]
-    done = subprocess.run(
-        [*map(str, command), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    settings = ("--config", FOLDER / f"{name}.yaml", "--model_name_or_path", small, "--output_dir", out)
+    settings += ("--max_steps", 2, "--disable_tqdm", "true")
+    launching.run(FOLDER / f"{name}.py", *settings, *arguments, folder=small.parent, launch=launch)
 
 
 @pytest.mark.slow
@@ -87,24 +78,15 @@ def test_two_processes_and_data_of_ones_own(small, tmp_path):
     data.mkdir()
     for split in ("train", "test"):
         preferences.pairs(8).to_json(data / f"{split}.jsonl")
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
-    run("rpo", small, out, "--dataset_name", data, launch=launch)
+    run("rpo", small, out, "--dataset_name", data, launch=launching.LAUNCH)
     assert json.loads((out / "eval_results.json").read_text())["eval_loss"] > 0
 
 
 @pytest.mark.slow
 def test_the_demonstration_of_displacement_leaves_a_table_and_a_figure(sentences, small, tmp_path):
-    command = [sys.executable, FOLDER / "displacement.py", "--model", small, "--output", tmp_path / "out"]
-    command += ["--steps", "4", "--pairs", "8", "--learning-rate", "1e-3"]
-    done = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    settings = ("--steps", 4, "--pairs", 8, "--learning-rate", 1e-3)
+    program = (FOLDER / "displacement.py", "--model", small, "--output", tmp_path / "out")
+    launching.run(*program, *settings, folder=tmp_path)
     assert (tmp_path / "out" / "displacement.md").read_text().count("| RPO |") == 3
     assert (tmp_path / "out" / "displacement.png").stat().st_size > 10_000
 

@@ -5,7 +5,6 @@ Started with `accelerate launch`, this file is also the program that trains ever
 
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import hf_logits.trainers
+from launching import LAUNCH, leave, run
 from preferences import distance, equal, logged, make, pairs, unpaired, weights
 
 
@@ -215,26 +214,7 @@ SPREAD = STEEP | {"gradient_accumulation_steps": 2, "max_steps": 2}
 def two_processes(tmp_path_factory):
     """A folder with the weights of every row after training in two processes."""
     folder = tmp_path_factory.mktemp("two")
-    # Its `--cpu` starts one process, or calls mpirun; this starts two, which find the CPU by themselves.
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes=2",
-        "--num_machines=1",
-    ]
-    launch += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
-    tests = Path(__file__).parent
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(
-        [*launch, __file__, str(folder)], env=environment, cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(__file__, folder, folder=folder, launch=LAUNCH)
     return folder
 
 
@@ -257,8 +237,7 @@ def train_every_row(folder: str) -> None:
         trainer.train()
         if trainer.accelerator.is_main_process:
             save_file(weights(trainer), os.path.join(folder, f"{index}.safetensors"))
-        trainer.accelerator.wait_for_everyone()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

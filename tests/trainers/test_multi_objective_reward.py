@@ -1,10 +1,6 @@
 """The multi-objective reward model: its two stages against numbers by hand, its texts against rows one by one, its life in TRL."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +25,7 @@ from hf_logits.trainers import (
     reward_model_as_function,
 )
 from hf_logits.trainers.multi_objective_reward import SHARES, debias_transform, fit_shares, gated_score
+from launching import LAUNCH, run
 
 
 OBJECTIVES = ["help", "truth", "verbosity"]
@@ -305,6 +302,7 @@ def test_accumulated_steps_are_one_large_one(tmp_path):
 PROGRAM = """
 import sys
 from safetensors.torch import save_file
+from launching import leave
 from test_multi_objective_reward import armo, gate_trainer, preferences
 trainer = gate_trainer(sys.argv[1] + "/run", armo(gate_dropout=0.0), per_device_train_batch_size=2, optim="sgd", learning_rate=0.1)
 assert trainer.accelerator.num_processes == 2
@@ -312,32 +310,13 @@ trainer.train()
 trainer.evaluate()
 if trainer.accelerator.is_main_process:
     save_file(preferences.weights(trainer), sys.argv[1] + "/two.safetensors")
-trainer.accelerator.wait_for_everyone()
-import torch
-torch.distributed.destroy_process_group()
+leave()
 """
 
 
 def test_two_processes_do_what_one_does_with_twice_the_batch(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    launch += ["--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
-    here = Path(__file__).parent
-    paths = map(str, (here, here.parent, here.parents[1]))
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    done = subprocess.run(
-        [*launch, str(tmp_path / "program.py"), str(tmp_path)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(tmp_path / "program.py", tmp_path, folder=tmp_path, launch=LAUNCH)
     one = gate_trainer(tmp_path, armo(gate_dropout=0.0), per_device_train_batch_size=4, optim="sgd", learning_rate=0.1)
     start = preferences.weights(one)
     one.train()
