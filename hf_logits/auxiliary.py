@@ -361,10 +361,11 @@ class AuxiliaryLM:
         parents, kept = self._reusable(state, keys)
         if state is None or kept < self._least_kept() or not self._fits(state, keys):
             self._state = None  # frees the old cache before the new one grows
-            state = self._start_apart(keys) or self._start(keys)
-            if state.length == length:
+            state = self._start_apart(keys)
+            if state is not None:
                 self._state = state
                 return self._result(state, length)
+            state = self._start(keys)  # with images: one row an item, however many rows it has here
             parents, kept = self._reusable(state, keys)
         if kept == length:
             self._state, self._in_order = state, False
