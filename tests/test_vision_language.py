@@ -147,7 +147,8 @@ def contrasted(neutral: torch.Tensor, leading: torch.Tensor, contrast: float, pl
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    # log-probabilities beyond 4, times 1 + contrast: other batches round the sixth digit otherwise
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=5e-6)
 
 
 def check_generation(model, inputs, other, *, side="left", steps=6, **settings) -> LQCDLogitsProcessor:
@@ -360,6 +361,7 @@ def test_llava():
         vision_feature_select_strategy="default",
         image_seq_length=4,
     )
+    torch.manual_seed(0)  # of what is no matrix
     model = tiny.spread(LlavaForConditionalGeneration(config), 0)
     pictures = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
