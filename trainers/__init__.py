@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         reward_model_as_function,
     )
     from hf_logits.trainers.rpo import RPOConfig, RPOTrainer, rpo_loss
+    from hf_logits.trainers.teacher_logits import TeacherLogitsCollator, load_teacher_logits, store_teacher_logits
 
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "MultiObjectiveRewardModel",
     "RPOConfig",
     "RPOTrainer",
+    "TeacherLogitsCollator",
     "add_reference_rewards",
     "bco_loss",
     "build_pairs",
@@ -57,10 +59,12 @@ __all__ = [
     "embed_ratings",
     "f_dpo_loss",
     "filter_by_ches",
+    "load_teacher_logits",
     "log_sigmoid_centered",
     "mix_datasets",
     "reward_model_as_function",
     "rpo_loss",
+    "store_teacher_logits",
     "without_negative_gradient",
 ]
 
@@ -81,6 +85,7 @@ _HOMES = {
     "MultiObjectiveRewardModel": "multi_objective_reward",
     "RPOConfig": "rpo",
     "RPOTrainer": "rpo",
+    "TeacherLogitsCollator": "teacher_logits",
     "add_reference_rewards": "reward_transform",
     "bco_loss": "bco",
     "build_pairs": "on_policy",
@@ -90,10 +95,12 @@ _HOMES = {
     "embed_ratings": "multi_objective_gate",
     "f_dpo_loss": "f_dpo",
     "filter_by_ches": "ches",
+    "load_teacher_logits": "teacher_logits",
     "log_sigmoid_centered": "reward_transform",
     "mix_datasets": "on_policy",
     "reward_model_as_function": "reward_transform",
     "rpo_loss": "rpo",
+    "store_teacher_logits": "teacher_logits",
     "without_negative_gradient": "on_policy",
 }
 
