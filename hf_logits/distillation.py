@@ -19,13 +19,17 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.utils import logging
 
 from hf_logits.checks import check_count
+from hf_logits.fused_head import Head, fused_loss, inside
 from hf_logits.meters import Meters, compare
 from hf_logits.resumable import ResumableMixin
-from hf_logits.tasks import bare, check_one_class, shared_classes, targets, task_of, valid_rows
+from hf_logits.tasks import LANGUAGE, bare, check_one_class, shared_classes, targets, task_of, valid_rows
 from hf_logits.teachers import check_apart, fingerprint, freeze, place, without_cache
 
+
+logger = logging.get_logger(__name__)
 
 METERS = ("cross_entropy", "student_entropy", "teacher_cross_entropy", "agreement")
 
@@ -143,6 +147,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
         self._teacher_settings: dict[str, Any] = {} if read is None else without_cache(read)
         self.teacher: Any = None if teacher is None else place(teacher, self.accelerator)
         self._meters = {"train": Meters(), "eval": Meters()}
+        self._prepare_heads(model, teacher)
 
     # --- what a method defines ---------------------------------------------------------------------------------------
 
@@ -167,16 +172,118 @@ class DistillationTrainer(ResumableMixin, Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs, wanted = self._split(inputs)
-        taught = None
+        if self._fused and not return_outputs and self._heads_stand_alone(inputs):
+            run = self._fused_total
+            total, sums, rows = inside(model, self.accelerator.unwrap_model(model), run, inputs, wanted)
+            outputs = None
+        else:
+            taught = None
+            with self._teaching() as teacher:
+                if teacher is not None:
+                    taught, _ = valid_rows(teacher(**inputs, **self._teacher_settings).logits, wanted)
+            outputs = model(**inputs)
+            student, labels = valid_rows(outputs.logits, wanted)
+            rows = len(labels)
+            total, sums = self.weigh(student, taught, labels)
+        loss = self._normalise(total, rows, num_items_in_batch)
+        self._meters["train" if self._unwrapped.training else "eval"].add(sums, rows)
+        return (loss, outputs) if return_outputs else loss
+
+    def _fused_total(
+        self, inputs: dict[str, Any], wanted: Int[Tensor, "B L"]
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]], int]:
+        """The loss summed over the rows, through heads that see a chunk of them at a time."""
+        valid, read, teacher_hidden = wanted != -100, None, None
         with self._teaching() as teacher:
             if teacher is not None:
-                taught, _ = valid_rows(teacher(**inputs, **self._teacher_settings).logits, wanted)
-        outputs = model(**inputs)
-        student, labels = valid_rows(outputs.logits, wanted)
-        total, sums = self.weigh(student, taught, labels)
-        loss = self._normalise(total, len(labels), num_items_in_batch)
-        self._meters["train" if self._unwrapped.training else "eval"].add(sums, len(labels))
-        return (loss, outputs) if return_outputs else loss
+                read = self._teacher_head or self._student_head
+                with read.spared() as seen:
+                    teacher(**inputs, **self._teacher_settings)
+                teacher_hidden = seen[0][:, -wanted.size(1) :][valid]
+        with self._student_head.spared() as seen:
+            self._unwrapped(**inputs)
+        hidden = seen[0][:, -wanted.size(1) :][valid]
+
+        def teach(rows: Tensor) -> Tensor:
+            if self._teacher_head is not None:
+                with self._plain():
+                    return self._teacher_head(rows)
+            with self._teaching() if self._head_adapted else contextlib.nullcontext():
+                return self._student_head(rows)
+
+        def weigh(*given: Any) -> Any:
+            with self._plain():
+                return self.weigh(*given)
+
+        labels = wanted[valid]
+        with self.accelerator.autocast():
+            total, sums = fused_loss(
+                hidden,
+                self._student_head,
+                labels,
+                weigh,
+                chunk_size=self.args.chunk_size,
+                teacher_hidden=teacher_hidden,
+                teacher_head=teach,
+            )
+        return total, sums, len(labels)
+
+    def _plain(self) -> Any:
+        """No autocast: not in the loss, nor for a teacher, which has a dtype of its own."""
+        return torch.autocast(self.args.device.type, enabled=False)
+
+    @torch.no_grad()
+    def _heads_stand_alone(self, inputs: dict[str, Any]) -> bool:
+        """Whether the heads give the models' logits from hidden states alone: tried out once, on the first batch."""
+        if self._heads_tried:
+            return True
+        pairs = [(self._unwrapped, self._student_head)]
+        pairs += [] if self._teacher_head is None else [(self.teacher, self._teacher_head)]
+        for model, head in pairs:
+            training = model.training
+            model.eval()
+            try:
+                with head.spared() as seen:
+                    whole = model(**inputs).logits[:, 0].float()
+                alone = head(seen[0][:, 0]).float()
+                fits = bool((whole - alone).abs().max() <= 0.02 * whole.abs().max())
+                reason = f"the head of {type(bare(model)).__name__} needs more than the hidden state of a token"
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                fits, reason = False, f"the head of {type(bare(model)).__name__} does not run by itself ({error})"
+            finally:
+                model.train(training)
+            if not fits:
+                self._not_fused(reason)
+                return False
+        self._heads_tried = True
+        return True
+
+    def _not_fused(self, reason: str) -> None:
+        if self.args.fused_head:
+            raise ValueError(f"fused_head=True is not possible: {reason}. Leave fused_head out.")
+        self._fused = False
+        if self.task in LANGUAGE and self.args.fused_head is None:
+            logger.warning_once(f"All logits of a batch are in memory at once: {reason}. fused_head=False is silent.")
+
+    def _prepare_heads(self, model: Any, teacher: Any) -> None:
+        self._heads_tried, self._fused = False, self.args.fused_head is not False
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if self.task not in LANGUAGE:
+            self._not_fused(f"{self.task} has few classes")
+        elif not self.rowwise:
+            self._not_fused("this loss compares the rows of a batch with each other")
+        elif self.args.torch_compile:
+            self._not_fused("torch_compile compiles the whole forward")
+        elif self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+            self._not_fused("the heads are sharded")
+        if not self._fused:
+            return
+        try:
+            self._student_head, self._teacher_head = Head(model), None if teacher is None else Head(teacher)
+        except ValueError as error:
+            self._not_fused(str(error))
+            return
+        self._head_adapted = isinstance(model, PeftModel) and self._student_head.has_adapter()
 
     def weigh(
         self, student: Float[Tensor, "N C"], teacher: Float[Tensor, "N C"] | None, labels: Int[Tensor, " N"]
@@ -239,7 +346,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
             training = student.training
             student.eval()
             try:
-                with student.disable_adapter(), torch.autocast(self.args.device.type, enabled=False):
+                with student.disable_adapter():
                     yield student
             finally:
                 student.train(training)

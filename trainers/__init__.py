@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_logits.trainers.entanglement import EntanglementConfig, EntanglementTrainer
     from hf_logits.trainers.entanglement_callback import EntanglementCallback
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
+    from hf_logits.trainers.logit_distillation import LogitDistillationConfig, LogitDistillationTrainer, kd_loss
     from hf_logits.trainers.multi_objective_gate import (
         MultiObjectiveGateConfig,
         MultiObjectiveGateTrainer,
@@ -43,6 +44,8 @@ __all__ = [
     "FDPOConfig",
     "FDPOTrainer",
     "LogSigmoidCenteredReward",
+    "LogitDistillationConfig",
+    "LogitDistillationTrainer",
     "MultiObjectiveGateConfig",
     "MultiObjectiveGateTrainer",
     "MultiObjectiveRewardConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "f_dpo_loss",
     "filter_by_ches",
     "load_teacher_logits",
+    "kd_loss",
     "log_sigmoid_centered",
     "mix_datasets",
     "reward_model_as_function",
@@ -79,6 +83,8 @@ _HOMES = {
     "FDPOConfig": "f_dpo",
     "FDPOTrainer": "f_dpo",
     "LogSigmoidCenteredReward": "reward_transform",
+    "LogitDistillationConfig": "logit_distillation",
+    "LogitDistillationTrainer": "logit_distillation",
     "MultiObjectiveGateConfig": "multi_objective_gate",
     "MultiObjectiveGateTrainer": "multi_objective_gate",
     "MultiObjectiveRewardConfig": "multi_objective_reward",
@@ -96,6 +102,7 @@ _HOMES = {
     "f_dpo_loss": "f_dpo",
     "filter_by_ches": "ches",
     "load_teacher_logits": "teacher_logits",
+    "kd_loss": "logit_distillation",
     "log_sigmoid_centered": "reward_transform",
     "mix_datasets": "on_policy",
     "reward_model_as_function": "reward_transform",
