@@ -3,16 +3,21 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_logits.tasks import targets
+from hf_logits.tasks import LANGUAGE, bare, check_class_names, targets
+from hf_logits.teachers import fingerprint
 
 
 MANIFEST = "teacher_logits.json"
@@ -78,12 +83,75 @@ def check_shard(folder: Path, shard: dict[str, Any]) -> None:
         )
 
 
-def load_teacher_logits(folder: str | os.PathLike, *, verify: bool = True) -> Dataset:
+def weights_hash(teacher: PreTrainedModel | PeftModel) -> str:
+    needed = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
+    teacher.requires_grad_(False)
+    try:
+        return fingerprint(teacher).numpy().tobytes().hex()
+    finally:
+        for parameter in needed:
+            parameter.requires_grad_(True)
+
+
+def row_blocks(dataset: Dataset | IterableDataset, rows: int) -> Iterator[Dataset]:
+    if isinstance(dataset, Dataset):
+        for start in range(0, len(dataset), rows):
+            yield dataset.select(range(start, min(start + rows, len(dataset))))
+        return
+    stream, features = iter(dataset), dataset.features
+    while block := list(islice(stream, rows)):
+        shard = Dataset.from_list(block, features=features)
+        features = shard.features
+        yield shard
+
+
+def _plain(value: Any) -> Any:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
+
+
+def rows_hash(table: pa.Table) -> str:
+    digest = hashlib.sha256()
+    for row in table.to_pylist():
+        digest.update(json.dumps(row, sort_keys=True, default=_plain).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def check_rows(shard: dict[str, Any], digest: str, start: int, folder: Path) -> None:
+    if shard["rows_sha256"] != digest:
+        raise ValueError(
+            f"{folder} holds another dataset: rows {start} to {start + shard['rows'] - 1} ({shard['file']}) were others. Go on with the "
+            "dataset that it was begun with, or give a new folder."
+        )
+
+
+def check_dataset(folder: Path, manifest: dict[str, Any], dataset: Dataset | IterableDataset) -> None:
+    """Refuse a dataset with other rows than those that were stored."""
+    rows = 0
+    for index, block in enumerate(row_blocks(dataset, manifest["rows_per_shard"])):
+        if index == len(manifest["shards"]):
+            raise ValueError(f"{folder} holds another dataset: of {manifest['rows']} rows, and this one has more.")
+        check_rows(manifest["shards"][index], rows_hash(block.with_format("arrow")[:]), rows, folder)
+        rows += len(block)
+    if rows != manifest["rows"]:
+        raise ValueError(f"{folder} holds another dataset: of {manifest['rows']} rows, and this one has {rows}.")
+
+
+def load_teacher_logits(
+    folder: str | os.PathLike,
+    *,
+    teacher: PreTrainedModel | PeftModel | None = None,
+    dataset: Dataset | IterableDataset | None = None,
+    verify: bool = True,
+) -> Dataset:
     """The dataset that [`~hf_logits.trainers.store_teacher_logits`] has written, memory-mapped.
 
     Args:
         folder (`str` or `os.PathLike`):
             Where it lies.
+        teacher ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            That it must be of.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Whose rows it must have.
         verify (`bool`, *optional*, defaults to `True`):
             Whether to compare the shards with their checksums, which reads them once.
 
@@ -93,7 +161,7 @@ def load_teacher_logits(folder: str | os.PathLike, *, verify: bool = True) -> Da
         the dataset, through `map`, `filter` and the like; see [`stored_manifest`].
 
     Raises:
-        ValueError: there is nothing, it is unfinished, or a shard is missing or damaged.
+        ValueError: there is nothing, it is unfinished, a shard is missing or damaged, or it is of another teacher or dataset.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -103,6 +171,13 @@ def load_teacher_logits(folder: str | os.PathLike, *, verify: bool = True) -> Da
         raise ValueError(
             f"{folder} is unfinished, {len(manifest['shards'])} shards are there: call store_teacher_logits again as before; it goes on."
         )
+    if teacher is not None and weights_hash(teacher) != manifest["teacher"]["weights"]:
+        raise ValueError(
+            f"{folder} is of another teacher, {manifest['teacher']['name']!r}, than {bare(teacher).config.name_or_path!r}: its weights or "
+            "their dtype differ. Store this one in another folder."
+        )
+    if dataset is not None:
+        check_dataset(folder, manifest, dataset)
     if verify:
         for shard in manifest["shards"]:
             check_shard(folder, shard)
@@ -121,6 +196,44 @@ def stored_manifest(dataset: Any) -> dict[str, Any] | None:
     except (TypeError, ValueError):
         return None
     return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
+
+
+def check_stored(
+    manifest: dict[str, Any], student: PreTrainedModel | PeftModel, task: str, tokenizer: Any
+) -> int | None:
+    """How many of the student's classes the stored teacher had, `None` if all.
+
+    Raises:
+        ValueError: it was stored for another task, tokenizer or vocabulary, or for other classes.
+    """
+    config: Any = bare(student).config
+    if manifest["task"] != task:
+        raise ValueError(
+            f"The stored teacher does {manifest['task']} and the student {task}: load the student for it."
+        )
+    if task not in LANGUAGE:
+        check_class_names(config, PreTrainedConfig(id2label=dict(enumerate(manifest["names"]))))
+        return None
+    mine = tokenizer_hash(tokenizer)
+    if None not in (mine, manifest["tokenizer"]) and mine != manifest["tokenizer"]:
+        raise ValueError(
+            "The teacher's logits were stored for another tokenizer than the student's processing_class: ids mean other tokens. Distil "
+            "within one tokenizer, or store the teacher again."
+        )
+    size, classes = config.get_text_config().vocab_size, manifest["classes"]
+    if classes > size:
+        raise ValueError(
+            f"The teacher's logits were stored for a vocabulary of {classes} and the student has {size}: if the teacher's is only "
+            "padded further, store it again with processing_class=tokenizer."
+        )
+    return None if classes == size else classes
+
+
+def stored_fingerprint(manifest: dict[str, Any]) -> Tensor:
+    """32 bytes that tell stored teachers apart."""
+    known = {name: manifest[name] for name in ("task", "tokenizer", "classes", "k", "dtype")}
+    text = json.dumps(known | {"teacher": manifest["teacher"]["weights"]}, sort_keys=True)
+    return torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
 
 
 class TeacherLogitsCollator:

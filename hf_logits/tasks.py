@@ -85,7 +85,7 @@ def shared_classes(
         )
     configs = bare(student).config, bare(teacher).config
     if tasks[0] not in LANGUAGE:
-        _check_class_names(*configs)
+        check_class_names(*configs)
         return None
     if isinstance(tokenizer, PreTrainedTokenizerBase) and isinstance(teacher_tokenizer, PreTrainedTokenizerBase):
         check_same_tokenizer(tokenizer, teacher_tokenizer)
@@ -95,7 +95,8 @@ def shared_classes(
     return min(*sizes, len(tokenizer)) if isinstance(tokenizer, PreTrainedTokenizerBase) else min(sizes)
 
 
-def _check_class_names(student: Any, teacher: Any) -> None:
+def check_class_names(student: Any, teacher: Any) -> None:
+    """Refuse configs whose classes have other names, or the same ones in another order."""
     if student.num_labels != teacher.num_labels:
         raise ValueError(
             f"The student has {student.num_labels} classes and the teacher {teacher.num_labels}: load the student with "

@@ -1,11 +1,8 @@
 """A teacher runs once over a dataset, and what it thinks of every token is kept: students then learn without it."""
 
-import hashlib
 import inspect
-import json
 import os
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +24,19 @@ from hf_logits.stored_teacher import (
     MANIFEST,
     SCHEMA,
     TeacherLogitsCollator,
+    check_rows,
     check_shard,
     file_hash,
     load_teacher_logits,
     read_manifest,
+    row_blocks,
+    rows_hash,
     tokenizer_hash,
+    weights_hash,
     write_manifest,
 )
 from hf_logits.tasks import LANGUAGE, bare, check_one_class, targets, task_of, valid_rows
-from hf_logits.teachers import fingerprint, without_cache
+from hf_logits.teachers import without_cache
 
 
 __all__ = ["TeacherLogitsCollator", "load_teacher_logits", "store_teacher_logits"]
@@ -98,8 +99,6 @@ def store_teacher_logits(
     if task is None:
         raise ValueError(f"{type(bare(teacher)).__name__} has no logits that could be stored.")
     check_one_class(teacher)
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise TypeError(f"dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}.")
     folder = Path(folder)
     config = bare(teacher).config
     classes = config.get_text_config().vocab_size if task in LANGUAGE else config.num_labels
@@ -111,7 +110,7 @@ def store_teacher_logits(
         "teacher": {
             "name": config.name_or_path,
             "revision": getattr(config, "_commit_hash", None),
-            "weights": _weights_hash(teacher),
+            "weights": weights_hash(teacher),
         },
         "tokenizer": tokenizer_hash(processing_class),
         "classes": classes,
@@ -125,11 +124,11 @@ def store_teacher_logits(
     modes = {module: module.training for module in teacher.modules()}
     teacher.eval()
     try:
-        for shard in _shards(dataset, rows_per_shard):
+        for shard in row_blocks(dataset, rows_per_shard):
             table = shard.with_format("arrow")[:]
-            digest = _rows_hash(table)
+            digest = rows_hash(table)
             if done < len(manifest["shards"]):
-                _check_rows(manifest["shards"][done], digest, rows, folder)
+                check_rows(manifest["shards"][done], digest, rows, folder)
             elif manifest["rows"] is not None:
                 raise ValueError(f"{folder} is finished with {manifest['rows']} rows, and this dataset has more.")
             else:
@@ -182,47 +181,6 @@ def _begin(folder: Path, wanted: dict[str, Any], rows: int | None) -> dict[str, 
     return found
 
 
-def _weights_hash(teacher: PreTrainedModel | PeftModel) -> str:
-    needed = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
-    teacher.requires_grad_(False)
-    try:
-        return fingerprint(teacher).numpy().tobytes().hex()
-    finally:
-        for parameter in needed:
-            parameter.requires_grad_(True)
-
-
-def _shards(dataset: Dataset | IterableDataset, rows: int) -> Iterator[Dataset]:
-    if isinstance(dataset, Dataset):
-        for start in range(0, len(dataset), rows):
-            yield dataset.select(range(start, min(start + rows, len(dataset))))
-        return
-    stream, features = iter(dataset), dataset.features
-    while block := list(islice(stream, rows)):
-        shard = Dataset.from_list(block, features=features)
-        features = shard.features
-        yield shard
-
-
-def _plain(value: Any) -> Any:
-    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
-
-
-def _rows_hash(table: pa.Table) -> str:
-    digest = hashlib.sha256()
-    for row in table.to_pylist():
-        digest.update(json.dumps(row, sort_keys=True, default=_plain).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _check_rows(shard: dict[str, Any], digest: str, start: int, folder: Path) -> None:
-    if shard["rows_sha256"] != digest:
-        raise ValueError(
-            f"{folder} holds another dataset: rows {start} to {start + shard['rows'] - 1} ({shard['file']}) were others. Go on with the "
-            "dataset that it was begun with, or give a new folder."
-        )
-
-
 def _write(
     path: Path, table: pa.Table, features: Features, columns: tuple[list[Any], list[Any]], dtype: str, classes: int
 ) -> None:
@@ -238,6 +196,8 @@ def _write(
         flat = pa.array(np.concatenate(values).astype(kind.feature.dtype))
         offsets = pa.array(np.cumsum([0, *map(len, values)]), pa.int32())
         table = table.append_column(name, pa.ListArray.from_arrays(offsets, flat))
+    # A block of a larger table drags some of its buffers along: copied, the same rows are the same bytes.
+    table = table.take(np.arange(len(table)))
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with ArrowWriter(features=Features({**features, **kinds}), path=str(unfinished)) as writer:
         writer.write_table(table)
@@ -279,6 +239,15 @@ def _check_settled(
             )
 
 
+def _count_positions(batch: dict[str, Any], teacher: Any, task: str) -> None:
+    """Positions of rows that are padded on the left begin at their first token, whatever rows they are batched with."""
+    mask, known = batch.get("attention_mask"), inspect.signature(bare(teacher).forward).parameters
+    if task != "causal_lm" or "position_ids" in batch or "position_ids" not in known:
+        return
+    if mask is not None and mask.dim() == 2 and not mask[:, 0].all():
+        batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+
+
 class _Stored:
     """The teacher at work."""
 
@@ -300,6 +269,7 @@ class _Stored:
             wanted = targets(labels, self.task)
             if self.task == "seq2seq" and batch.get("decoder_input_ids") is None:
                 batch["decoder_input_ids"] = bare(self.teacher).prepare_decoder_input_ids_from_labels(labels=labels)
+            _count_positions(batch, self.teacher, self.task)
             counts = (wanted != -100).view(len(rows), -1).sum(1).tolist()
             parts = [top_log_probs(part, self.k) for part in self.logits(batch, wanted).split(_ROWS)]
             for kept, values in zip(

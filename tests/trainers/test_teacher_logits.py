@@ -59,10 +59,14 @@ def bert(kind, seed=0, **config):
     return model.eval()
 
 
-def pad(side="right"):
+def padding(side="right"):
     made = tokenizer()
     made.padding_side = side
-    return DataCollatorForSeq2Seq(made)
+    return made
+
+
+def pad(side="right"):
+    return DataCollatorForSeq2Seq(padding(side))
 
 
 def store(folder, teacher=None, data=None, **settings):
@@ -111,7 +115,7 @@ def test_a_causal_teacher_is_stored_at_the_positions_that_predict(make, side, tm
 
 def test_an_encoder_decoder(tmp_path):
     teacher, data = tiny.t5(1), texts(empty=False)
-    collator = DataCollatorForSeq2Seq(tokenizer(), teacher)
+    collator = DataCollatorForSeq2Seq(padding(), teacher)
     found = store(tmp_path / "new", teacher, data, data_collator=collator, dtype="float32")
     for row, kept in zip(data, found, strict=True):
         given = {"input_ids": row["input_ids"], "decoder_input_ids": teacher.prepare_decoder_input_ids_from_labels(torch.tensor([row["labels"]]))[0].tolist()}  # fmt: skip
@@ -124,7 +128,7 @@ def test_an_encoder_decoder(tmp_path):
 def test_positions_that_predict_themselves(kind, tmp_path):
     teacher = bert(kind, num_labels=4)
     data = texts().map(lambda row: {"labels": [x if x < 0 else x % 4 for x in row["labels"]]})
-    found = store(tmp_path / "new", teacher, data, k=3, data_collator=DataCollatorForTokenClassification(tokenizer()))
+    found = store(tmp_path / "new", teacher, data, k=3, data_collator=DataCollatorForTokenClassification(padding()))
     for row, kept in zip(data, found, strict=True):
         _, ids = expected(teacher, {"input_ids": row["input_ids"]}, row["labels"], k=3)
         assert kept[IDS].reshape(-1, 3).tolist() == ids.tolist()
@@ -132,7 +136,7 @@ def test_positions_that_predict_themselves(kind, tmp_path):
 
 def test_a_classifier_keeps_all_classes_if_asked_for_more(tmp_path):
     teacher, data = bert(BertForSequenceClassification, num_labels=4), sentences()
-    found = store(tmp_path / "new", teacher, data, k=9, data_collator=DataCollatorWithPadding(tokenizer()))
+    found = store(tmp_path / "new", teacher, data, k=9, data_collator=DataCollatorWithPadding(padding()))
     manifest = stored_manifest(found)
     assert manifest["k"] == 4 and manifest["task"] == "sequence_classification"
     with torch.no_grad():
@@ -306,7 +310,7 @@ def changed(row, index):
         ({"data": texts().map(changed, with_indices=True)}, "another dataset: rows 4 to 7 .shard-00001"),
         ({"data": texts().rename_column("name", "title")}, "another dataset: rows 0 to 3"),
         ({"data": texts(8).to_iterable_dataset()}, "has 3 shards, and this dataset ends after 8 rows"),
-        ({"data": texts(14).to_iterable_dataset()}, "another dataset: rows 8 to 11"),
+        ({"data": texts(14).to_iterable_dataset()}, "another dataset: rows 8 to 9"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -331,6 +335,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         load_teacher_logits(tmp_path)
 
 
+def masked():
+    made = padding()
+    made.mask_token = "w5"
+    return DataCollatorForLanguageModeling(made)
+
+
 def drop_labels(rows):
     return tokenizer().pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="pt")
 
@@ -339,10 +349,9 @@ def drop_labels(rows):
     ("settings", "error", "message"),
     [
         ({"k": 0}, ValueError, "k must be a whole number of at least 1"),
-        ({"batch_size": 2.0}, TypeError, "batch_size must be a whole number"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a whole number"),
         ({"rows_per_shard": 0}, ValueError, "rows_per_shard"),
         ({"dtype": "bfloat16"}, ValueError, "dtype must be 'float16' or 'float32'"),
-        ({"data": [{"input_ids": [1]}]}, TypeError, "must be a datasets.Dataset or IterableDataset, got list"),
         ({"data": texts().select([])}, ValueError, "has no rows"),
         ({"data": texts().add_column(IDS, [0] * 10)}, ValueError, "'teacher_ids' already"),
         ({"teacher": tiny.llama(1).model}, ValueError, "LlamaModel has no logits"),
@@ -350,8 +359,7 @@ def drop_labels(rows):
         ({"data_collator": drop_labels}, ValueError, "no labels"),
         ({"data_collator": DataCollatorWithFlattening()}, ValueError, "made 1 rows of 2"),
         (
-            {"data_collator": DataCollatorForLanguageModeling(tokenizer()), "teacher": bert(BertForMaskedLM),
-             "data": texts().select_columns(["input_ids"])},
+            {"data_collator": masked(), "teacher": bert(BertForMaskedLM), "data": texts().select_columns(["input_ids"])},
             ValueError, "makes other (input_ids|labels) of the same rows each time",
         ),
     ],
@@ -411,6 +419,19 @@ def test_labels_that_were_made_otherwise_are_refused(stored):
         collator(rows)
     with pytest.raises(ValueError, match="no teacher_ids"):
         collator([{"input_ids": [1]}])
+
+
+def test_a_folder_can_be_asked_whose_it_is(stored):
+    load_teacher_logits(stored, teacher=tiny.llama(1), dataset=texts())
+    for settings, message in [
+        ({"teacher": tiny.llama(2)}, "is of another teacher"),
+        ({"dataset": texts().map(changed, with_indices=True)}, "another dataset: rows 4 to 7"),
+        ({"dataset": texts(9)}, "another dataset: rows 8 to 9"),
+        ({"dataset": texts(8)}, "of 10 rows, and this one has 8"),
+        ({"dataset": texts(14).to_iterable_dataset()}, "another dataset: rows 8 to 9"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_teacher_logits(stored, **settings)
 
 
 def test_what_is_known_goes_with_the_dataset(stored):
