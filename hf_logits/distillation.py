@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -25,6 +25,7 @@ from hf_logits.checks import check_count
 from hf_logits.fused_head import Head, fused_loss, inside
 from hf_logits.meters import Meters, compare
 from hf_logits.resumable import ResumableMixin
+from hf_logits.stored_teacher import IDS, LOG_PROBS, TeacherLogitsCollator, check_stored, stored_fingerprint, stored_of
 from hf_logits.tasks import LANGUAGE, bare, check_one_class, shared_classes, targets, task_of, valid_rows
 from hf_logits.teachers import check_apart, fingerprint, freeze, place, without_cache
 
@@ -88,6 +89,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
     """
 
     args: DistillationConfig
+    _signature_columns: Any
     rowwise: bool = True
     """Whether a row's terms depend on that row alone; else they get all rows of a batch at once."""
     needs_teacher: bool = True
@@ -117,6 +119,10 @@ class DistillationTrainer(ResumableMixin, Trainer):
                 raise ValueError(
                     f"{name} does not take {argument}: the loss and the student are fixed when it is built."
                 )
+        # A teacher at hand knows more than what is stored of it.
+        stored = (
+            None if teacher is not None or args.disabled_adapter_teacher or not self.needs_teacher else stored_of(rest)
+        )
         task = task_of(model)
         if task is None:
             raise ValueError(
@@ -125,9 +131,13 @@ class DistillationTrainer(ResumableMixin, Trainer):
             )
         self.task: str = task
         check_one_class(model)
+        self.stored: dict[str, Any] | None = stored
         self._check_teacher(model, teacher, args)
         tokenizer = rest.get("processing_class")
         self.classes: int | None = None
+        if stored is not None:
+            self._check_stored(args, stored)
+            self.classes = check_stored(stored, model, task, tokenizer)
         if teacher is not None:
             self.classes = shared_classes(
                 model, teacher, tokenizer=tokenizer, teacher_tokenizer=teacher_processing_class
@@ -136,6 +146,8 @@ class DistillationTrainer(ResumableMixin, Trainer):
         if rest.get("data_collator") is None:
             rest["data_collator"] = self._collator(model, tokenizer)
         super().__init__(model, args, **rest)
+        if stored is not None:
+            self.data_collator = TeacherLogitsCollator(self.data_collator, k=stored["k"], task=task)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{name} does not run under DataParallel: start it with `accelerate launch` or `torchrun`."
@@ -144,6 +156,8 @@ class DistillationTrainer(ResumableMixin, Trainer):
             raise ValueError(f"{name} needs whole sequences: turn context and sequence parallelism off.")
         read = teacher if teacher is not None else model if args.disabled_adapter_teacher else None
         self._fingerprint = None if read is None else fingerprint(read)
+        if stored is not None:
+            self._fingerprint = stored_fingerprint(stored)
         self._teacher_settings: dict[str, Any] = {} if read is None else without_cache(read)
         self.teacher: Any = None if teacher is None else place(teacher, self.accelerator)
         self._meters = {"train": Meters(), "eval": Meters()}
@@ -162,6 +176,16 @@ class DistillationTrainer(ResumableMixin, Trainer):
         """
         raise NotImplementedError
 
+    def stored_terms(
+        self,
+        student: Float[Tensor, "N C"],
+        labels: Int[Tensor, " N"],
+        ids: Int[Tensor, "N k"],
+        log_probs: Float[Tensor, "N k"],
+    ) -> dict[str, Float[Tensor, " N"]]:
+        """The same parts, where all that is known of the teacher are its best tokens; see [`_check_stored`]."""
+        raise NotImplementedError
+
     def term_weights(self) -> dict[str, float]:
         """What each term is multiplied by. May depend on `self.state.global_step`, so that a resumed run goes on alike."""
         raise NotImplementedError
@@ -171,10 +195,10 @@ class DistillationTrainer(ResumableMixin, Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        inputs, wanted = self._split(inputs)
+        inputs, wanted, stored = self._split(inputs)
         if self._fused and not return_outputs and self._heads_stand_alone(inputs):
             run = self._fused_total
-            total, sums, rows = inside(model, self.accelerator.unwrap_model(model), run, inputs, wanted)
+            total, sums, rows = inside(model, self.accelerator.unwrap_model(model), run, inputs, wanted, stored)
             outputs = None
         else:
             taught = None
@@ -184,13 +208,13 @@ class DistillationTrainer(ResumableMixin, Trainer):
             outputs = model(**inputs)
             student, labels = valid_rows(outputs.logits, wanted)
             rows = len(labels)
-            total, sums = self.weigh(student, taught, labels)
+            total, sums = self.weigh(student, taught, labels, *stored)
         loss = self._normalise(total, rows, num_items_in_batch)
         self._meters["train" if self._unwrapped.training else "eval"].add(sums, rows)
         return (loss, outputs) if return_outputs else loss
 
     def _fused_total(
-        self, inputs: dict[str, Any], wanted: Int[Tensor, "B L"]
+        self, inputs: dict[str, Any], wanted: Int[Tensor, "B L"], stored: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]], int]:
         """The loss summed over the rows, through heads that see a chunk of them at a time."""
         valid, read, teacher_hidden = wanted != -100, None, None
@@ -225,6 +249,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
                 chunk_size=self.args.chunk_size,
                 teacher_hidden=teacher_hidden,
                 teacher_head=teach,
+                stored=stored,
             )
         return total, sums, len(labels)
 
@@ -286,7 +311,11 @@ class DistillationTrainer(ResumableMixin, Trainer):
         self._head_adapted = isinstance(model, PeftModel) and self._student_head.has_adapter()
 
     def weigh(
-        self, student: Float[Tensor, "N C"], teacher: Float[Tensor, "N C"] | None, labels: Int[Tensor, " N"]
+        self,
+        student: Float[Tensor, "N C"],
+        teacher: Float[Tensor, "N C"] | None,
+        labels: Int[Tensor, " N"],
+        *stored: Shaped[Tensor, "N k"],
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The weighted terms summed over the rows, and the sums that are logged."""
         if not len(labels):  # a graph without rows still reaches every weight, for processes that wait for gradients
@@ -294,12 +323,15 @@ class DistillationTrainer(ResumableMixin, Trainer):
         if self.classes is not None:  # both are cut before the softmax: padding of a vocabulary is no token
             student = student[:, : self.classes]
             teacher = None if teacher is None else teacher[:, : self.classes]
-        terms, weights = self.terms(student, teacher, labels), self.term_weights()
+        terms = self.stored_terms(student, labels, *stored) if stored else self.terms(student, teacher, labels)
+        weights = self.term_weights()
         if terms.keys() != weights.keys():
             raise ValueError(f"{type(self).__name__} has terms {sorted(terms)} and weights of {sorted(weights)}.")
         sums = {name: term.sum() for name, term in terms.items()}
         total = torch.stack([weights[name] * value for name, value in sums.items()]).sum()
         logged = compare(student.detach(), teacher, labels) | sums | {"loss": total}
+        if stored:
+            logged["agreement"] = (student.argmax(-1) == stored[0][:, 0]).sum().to(total.dtype)
         return total, {name: value.detach() for name, value in logged.items()}
 
     def _normalise(self, total: Float[Tensor, ""], rows: int, items: Any) -> Float[Tensor, ""]:
@@ -309,9 +341,10 @@ class DistillationTrainer(ResumableMixin, Trainer):
         shares = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         return total * shares / torch.as_tensor(items, device=total.device).clamp(min=1)
 
-    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Int[Tensor, "B ..."]]:
-        """What both models read, and what they are to predict."""
+    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Int[Tensor, "B ..."], tuple[Tensor, ...]]:
+        """What both models read, what they are to predict, and what is stored of the teacher, for rows that predict something."""
         inputs = dict(inputs)
+        stored = tuple(inputs.pop(name) for name in (IDS, LOG_PROBS) if name in inputs)
         labels = inputs.pop("labels", None)
         shifted = inputs.pop("shift_labels", None)
         if labels is None and shifted is None:
@@ -329,7 +362,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
                 f"{self.task} needs labels that are class ids of {expected} dimension(s); got {wanted.dtype} of shape "
                 f"{tuple(wanted.shape)}."
             )
-        return inputs, wanted
+        return inputs, wanted, tuple(one[wanted != -100] for one in stored)
 
     @property
     def _unwrapped(self) -> Any:
@@ -426,6 +459,11 @@ class DistillationTrainer(ResumableMixin, Trainer):
         with Path(str(self.args.output_dir), "README.md").open("a", encoding="utf-8") as card:
             card.write("\n\n".join(lines) + "\n")
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.stored is not None:
+            self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), IDS, LOG_PROBS]))
+
     # --- what is refused, and defaults -------------------------------------------------------------------------------
 
     def _check_teacher(self, model: Any, teacher: Any, args: DistillationConfig) -> None:
@@ -439,15 +477,21 @@ class DistillationTrainer(ResumableMixin, Trainer):
         if args.disabled_adapter_teacher and teacher is not None:
             raise ValueError("Give a teacher or set disabled_adapter_teacher=True, not both.")
         given = teacher is not None or args.disabled_adapter_teacher
-        if self.needs_teacher and not given:
+        if self.needs_teacher and not given and self.stored is None:
             raise ValueError(
-                f"{name} needs a teacher: give a model, or set disabled_adapter_teacher=True if the student is a PeftModel whose base "
+                f"{name} needs a teacher: give a model, or the dataset of load_teacher_logits, or set disabled_adapter_teacher=True if the student is a PeftModel whose base "
                 "model is to teach."
             )
         if given and not self.needs_teacher:
             raise ValueError(f"{name} learns without a teacher: leave it out.")
         if teacher is not None:
             check_apart(model, teacher)
+
+    def _check_stored(self, args: Any, stored: dict[str, Any]) -> None:
+        """Refuse what cannot be learned from a teacher's best tokens alone. A method that has [`stored_terms`] overrides this."""
+        raise ValueError(
+            f"{type(self).__name__} needs all of a teacher's logits, and this dataset has its {stored['k']} best: give the teacher itself."
+        )
 
     def _collator(self, model: Any, tokenizer: Any) -> Any:
         """The host's default does not pad labels."""

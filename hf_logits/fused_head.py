@@ -6,12 +6,12 @@ does behind its backbone: adapters, quantised weights, biases, scales, caps and 
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -24,8 +24,8 @@ from transformers.utils import ModelOutput
 from hf_logits.hidden import backbone
 
 
-Loss = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""`(student's logits, teacher's logits, labels) -> (sum over the rows, sums to log)`."""
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""`(student's logits, teacher's logits, labels, *what is stored) -> (sum over the rows, sums to log)`."""
 
 
 class Head:
@@ -119,7 +119,7 @@ def _class_forward(module: Any) -> Iterator[None]:
         module.forward = now
 
 
-def widen(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+def widen(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """At least float32."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -133,6 +133,7 @@ def fused_loss(
     chunk_size: int,
     teacher_hidden: Float[Tensor, "N E"] | None = None,
     teacher_head: Callable[[Tensor], Tensor] | None = None,
+    stored: Sequence[Shaped[Tensor, "N ..."]] = (),
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """A loss that is summed over rows, of logits that exist for `chunk_size` rows at a time.
 
@@ -142,6 +143,7 @@ def fused_loss(
         hidden, teacher_hidden: one row for each label.
         head, teacher_head: from some of these rows to their logits.
         loss: see [`Loss`]. Rows must not depend on each other.
+        stored: what else belongs to each row, handed to the loss.
     """
     trained = torch.is_grad_enabled()
     total, sums = torch.zeros((), device=hidden.device), dict[str, Tensor]()
@@ -155,7 +157,7 @@ def fused_loss(
             with torch.no_grad():
                 taught = widen(teacher_head(teacher_hidden[part]))
         rows = hidden[part].detach().requires_grad_(of_hidden is not None)
-        value, found = loss(widen(head(rows)), taught, labels[part])
+        value, found = loss(widen(head(rows)), taught, labels[part], *(one[part] for one in stored))
         del taught
         if trained and value.requires_grad:
             if start == 0:

@@ -198,6 +198,35 @@ def stored_manifest(dataset: Any) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
 
 
+def stored_of(given: dict[str, Any]) -> dict[str, Any] | None:
+    """The teacher that the datasets of a trainer's arguments were stored from, `None` if the one for training is not stored.
+
+    Raises:
+        ValueError: a dataset for evaluation is of another teacher, or of none.
+    """
+    manifest = stored_manifest(given.get("train_dataset"))
+    evaluation = given.get("eval_dataset")
+    others = evaluation if isinstance(evaluation, dict) else {} if evaluation is None else {"eval_dataset": evaluation}
+    if manifest is None and given.get("train_dataset") is None and others:
+        manifest = stored_manifest(next(iter(others.values())))
+    if manifest is None:
+        return None
+    for name, other in others.items():
+        theirs = stored_manifest(other)
+        if theirs is None or not torch.equal(stored_fingerprint(theirs), stored_fingerprint(manifest)):
+            what = "nothing is stored" if theirs is None else f"another teacher is stored ({_title(theirs)})"
+            raise ValueError(
+                f"Training has a stored teacher ({_title(manifest)}), but for {name} {what}: store the same teacher's logits for both."
+            )
+    return manifest
+
+
+def _title(manifest: dict[str, Any]) -> str:
+    return (
+        f"{manifest['teacher']['name'] or 'no name'}, weights {manifest['teacher']['weights'][:8]}, k={manifest['k']}"
+    )
+
+
 def check_stored(
     manifest: dict[str, Any], student: PreTrainedModel | PeftModel, task: str, tokenizer: Any
 ) -> int | None:
@@ -256,7 +285,7 @@ class TeacherLogitsCollator:
         self.k = k
         self.task = task
 
-    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         missing = [name for name in (IDS, LOG_PROBS) if name not in rows[0]]
         if missing:
             raise ValueError(
@@ -282,5 +311,4 @@ class TeacherLogitsCollator:
         log_probs[valid] = torch.from_numpy(np.concatenate([row for _, row in stored]).astype(np.float32)).view(
             -1, self.k
         )
-        batch[IDS], batch[LOG_PROBS] = ids, log_probs
-        return batch
+        return {**batch, IDS: ids, LOG_PROBS: log_probs}

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_logits.checks import check_choice, check_number
 from hf_logits.distillation import DistillationConfig, DistillationTrainer
+from hf_logits.sparse_teacher import MODES, check_sparse_temperature, sparse_kd
 
 
 logger = logging.get_logger(__name__)
@@ -159,6 +160,9 @@ class LogitDistillationConfig(DistillationConfig):
             Weight of the labels' cross-entropy, at temperature 1.
         scale_by_temperature_squared (`bool`, *optional*, defaults to `True`):
             Whether the divergence is multiplied by the squared temperature.
+        offline_mode (`str`, *optional*, defaults to `"tail"`):
+            How a stored teacher is read of whom only the best tokens are known, `"tail"`, `"renorm"` or `"zero"`; see
+            [`~hf_logits.sparse_teacher.sparse_kd_loss`]. Only the forward KL at temperature 1 can be had of it.
     """
 
     divergence: str = field(
@@ -172,10 +176,15 @@ class LogitDistillationConfig(DistillationConfig):
     scale_by_temperature_squared: bool = field(
         default=True, metadata={"help": "Whether the divergence is multiplied by the squared temperature."}
     )
+    offline_mode: str = field(
+        default="tail",
+        metadata={"help": "How a stored teacher's best tokens are read.", "choices": list(MODES)},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("divergence", self.divergence, *DIVERGENCES)
+        check_choice("offline_mode", self.offline_mode, *MODES)
         check_number("temperature", self.temperature, minimum=0.0, above=True)
         check_number("beta", self.beta, minimum=0.0, maximum=1.0)
         check_number("kd_weight", self.kd_weight, minimum=0.0)
@@ -188,7 +197,7 @@ class LogitDistillationTrainer(DistillationTrainer):
     Models](https://huggingface.co/papers/2306.13649).
 
     Logged under `distillation/`: `divergence`, `cross_entropy`, and the common meters. With `kd_weight=0` this is training on
-    the labels alone. Arguments as in [`~hf_logits.distillation.DistillationTrainer`].
+    the labels alone. Without a teacher, a dataset from [`load_teacher_logits`] stands in for it. Arguments as in [`~hf_logits.distillation.DistillationTrainer`].
     """
 
     args: LogitDistillationConfig
@@ -224,6 +233,26 @@ class LogitDistillationTrainer(DistillationTrainer):
             "divergence": divergence,
             "cross_entropy": torch.nn.functional.cross_entropy(student, labels, reduction="none"),
         }
+
+    def stored_terms(
+        self,
+        student: Float[Tensor, "N C"],
+        labels: Int[Tensor, " N"],
+        ids: Int[Tensor, "N k"],
+        log_probs: Float[Tensor, "N k"],
+    ) -> dict[str, Float[Tensor, " N"]]:
+        return {
+            "divergence": sparse_kd(student, ids, log_probs, mode=self.args.offline_mode),
+            "cross_entropy": torch.nn.functional.cross_entropy(student, labels, reduction="none"),
+        }
+
+    def _check_stored(self, args: LogitDistillationConfig, stored: dict[str, Any]) -> None:
+        check_sparse_temperature(args.temperature)
+        if args.divergence != "forward_kl" and (args.divergence, args.beta) != ("jsd", 0.0):
+            raise ValueError(
+                f"Of a stored teacher only its {stored['k']} best tokens are known, and divergence={args.divergence!r} needs all of them: "
+                'set divergence="forward_kl", or give the teacher itself.'
+            )
 
     def term_weights(self) -> dict[str, float]:
         return {"divergence": self.args.kd_weight, "cross_entropy": self.args.ce_weight}

@@ -4,7 +4,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -100,11 +100,11 @@ def store_teacher_logits(
         raise ValueError(f"{type(bare(teacher)).__name__} has no logits that could be stored.")
     check_one_class(teacher)
     folder = Path(folder)
-    config = bare(teacher).config
+    config: Any = bare(teacher).config
     classes = config.get_text_config().vocab_size if task in LANGUAGE else config.num_labels
     if task in LANGUAGE and tokenizer_hash(processing_class) is not None:
         classes = min(classes, len(processing_class))
-    wanted = {
+    wanted: dict[str, Any] = {
         "schema": SCHEMA,
         "task": task,
         "teacher": {
@@ -265,10 +265,10 @@ class _Stored:
                 name: value.to(self.teacher.device) if isinstance(value, Tensor) else value
                 for name, value in self.data_collator(rows).items()
             }
-            labels = batch.pop("labels")
+            labels, whole = batch.pop("labels"), cast(Any, bare(self.teacher))
             wanted = targets(labels, self.task)
             if self.task == "seq2seq" and batch.get("decoder_input_ids") is None:
-                batch["decoder_input_ids"] = bare(self.teacher).prepare_decoder_input_ids_from_labels(labels=labels)
+                batch["decoder_input_ids"] = whole.prepare_decoder_input_ids_from_labels(labels=labels)
             _count_positions(batch, self.teacher, self.task)
             counts = (wanted != -100).view(len(rows), -1).sum(1).tolist()
             parts = [top_log_probs(part, self.k) for part in self.logits(batch, wanted).split(_ROWS)]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_dataset
+from distilling import KINDS, adapted, collator
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -18,13 +19,23 @@ from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithFlattening,
     DataCollatorWithPadding,
+    TrainerCallback,
 )
 
 import tiny
+from hf_logits.distillation import DistillationTrainer
+from hf_logits.sparse_teacher import MODES, top_log_probs
 from hf_logits.stored_teacher import IDS, LOG_PROBS, MANIFEST, stored_manifest
 from hf_logits.tasks import targets, valid_rows
-from hf_logits.trainers import TeacherLogitsCollator, load_teacher_logits, store_teacher_logits
-from preferences import tokenizer
+from hf_logits.trainers import (
+    LogitDistillationConfig,
+    LogitDistillationTrainer,
+    TeacherLogitsCollator,
+    load_teacher_logits,
+    store_teacher_logits,
+)
+from oracles import word_tokenizer
+from preferences import arguments, distance, equal, logged, tokenizer, weights
 
 
 K = 5
@@ -441,3 +452,192 @@ def test_what_is_known_goes_with_the_dataset(stored):
         assert isinstance(made[0][IDS], np.ndarray)
     assert stored_manifest(texts()) is None
     assert stored_manifest([1]) is None
+
+
+# --- training without the teacher ----------------------------------------------------------------------------------------
+
+
+class TopK(LogitDistillationTrainer):
+    """The judge: the teacher at hand, of whom only the best tokens are looked at."""
+
+    def terms(self, student, teacher, labels):
+        best, ids = top_log_probs(teacher, K)
+        return self.stored_terms(student, labels, ids, best)
+
+
+def distil(folder, data, kind="causal_lm", *, teacher=None, trainer=LogitDistillationTrainer, **settings):
+    given = {"optim": "sgd", "learning_rate": 1e-2, "ce_weight": 0.3, "kd_weight": 0.7}
+    rest = settings.pop("rest", {})
+    evaluation, lora = settings.pop("evaluation", None), settings.pop("lora", False)
+    model = settings.pop("model", None) or KINDS[kind][0](0)
+    return trainer(
+        adapted(model, kind) if lora else model,
+        teacher,
+        arguments(LogitDistillationConfig, folder, **(given | settings)),
+        train_dataset=data,
+        eval_dataset=evaluation,
+        data_collator=right(kind),
+        **({"processing_class": tokenizer()} | rest),
+    )
+
+
+def right(kind):
+    """Pads on the right, where the tests' tokenizer would do so on the left."""
+    pads = collator(kind) or (DataCollatorWithPadding(padding()) if kind == "sequence_classification" else pad())
+    return lambda rows: dict(pads(rows))
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Stored teachers by kind, in float32."""
+
+    def get(kind):
+        folder = tmp_path_factory.getbasetemp() / f"kept-{kind}"
+        build, data = KINDS[kind]
+        given = {
+            "data_collator": right(kind),
+            "processing_class": None if kind == "image_classification" else tokenizer(),
+        }
+        return store(
+            folder, build(1), data(), dtype="float32", k=min(K, 3 if "classification" in kind else K), **given
+        )
+
+    return get
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fused", [False, True], ids=["dense", "fused"])
+def test_the_stored_teacher_teaches_what_the_one_at_hand_does(mode, fused, kept, tmp_path):
+    data, found = kept("causal_lm"), []
+    for name, teacher, trainer in (("stored", None, LogitDistillationTrainer), ("online", tiny.llama(1), TopK)):
+        made = distil(
+            tmp_path / name, data, teacher=teacher, trainer=trainer, evaluation=data, offline_mode=mode,
+            fused_head=fused, chunk_size=5,
+        )  # fmt: skip
+        start = weights(made)
+        made.train()
+        found.append((weights(made), logged(made, "loss"), made.evaluate()))
+    moved = distance(start, found[0][0])
+    assert moved > 1e-4
+    assert distance(found[0][0], found[1][0]) < 1e-4 * moved
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+    for key in ("loss", "distillation/divergence", "distillation/cross_entropy", "distillation/agreement"):
+        assert found[0][2][f"eval_{key}"] == pytest.approx(found[1][2][f"eval_{key}"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["softcapped", "gpt2", "bart", "masked_lm", "token_classification", "sequence_classification", "image_classification"])  # fmt: skip
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_every_head_learns_from_a_stored_teacher(kind, lora, kept, tmp_path):
+    rest = {"processing_class": None} if kind == "image_classification" else {}
+    settings = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": 12, "ce_weight": 0.0, "kd_weight": 1.0}
+    made = distil(tmp_path, kept(kind), kind, lora=lora, rest=rest, evaluation=kept(kind), **settings)
+    before = made.evaluate()
+    made.train()
+    after = made.evaluate()
+    assert after["eval_loss"] < 0.9 * before["eval_loss"]
+    assert after["eval_loss"] == pytest.approx(after["eval_distillation/divergence"], rel=1e-6)
+
+
+def test_nothing_is_lost_however_a_step_is_cut(kept, tmp_path):
+    found = []
+    for rows, steps in ((4, 1), (2, 2), (1, 4)):
+        made = distil(tmp_path, kept("causal_lm"), per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+        start = weights(made)
+        made.train()
+        found.append(weights(made))
+    moved = distance(start, found[0])
+    assert distance(found[0], found[1]) < 1e-3 * moved and distance(found[0], found[2]) < 1e-3 * moved
+
+
+def test_rows_without_a_label_are_no_trouble(stored, tmp_path):
+    made = distil(tmp_path, load_teacher_logits(stored).select([2, 2, 2, 2]), max_steps=1)
+    before = weights(made)
+    made.train()
+    assert distance(before, weights(made)) == 0
+
+
+class StopAt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise Kill
+
+
+def test_a_killed_training_resumes_bit_for_bit_and_only_with_its_teacher(kept, tmp_path):
+    data = kept("causal_lm")
+    settings = {"max_steps": 6, "save_steps": 2, "optim": "adamw_torch", "lr_scheduler_type": "linear"}
+    unbroken = distil(tmp_path / "unbroken", data, **settings)
+    unbroken.train()
+    killed = distil(tmp_path / "killed", data, save_strategy="steps", rest={"callbacks": [StopAt()]}, **settings)
+    with pytest.raises(Kill):
+        killed.train()
+    resumed = distil(tmp_path / "killed", data, save_strategy="steps", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(weights(unbroken), weights(resumed))
+    assert logged(unbroken, "loss") == logged(resumed, "loss")
+    other = store(tmp_path / "other", tiny.llama(2), KINDS["causal_lm"][1]())
+    with pytest.raises(ValueError, match="trained with another teacher"):
+        distil(tmp_path / "killed", other, **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_student_with_a_padded_vocabulary_learns_the_same(kept, tmp_path):
+    """Its padding is cut before the softmax."""
+    plain, padded = tiny.llama(0), tiny.llama(0, vocab_size=80)
+    padded.load_state_dict(plain.state_dict() | {
+        name: torch.cat([plain.state_dict()[name], torch.full((16, 32), 3.0)])
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    })  # fmt: skip
+    losses = []
+    for model in (plain, padded):
+        made = distil(tmp_path, kept("causal_lm"), model=model)
+        made.train()
+        losses.append(logged(made, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def small_tokenizer():
+    return word_tokenizer(["other", "words"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 2.0}, "temperature=2.0 needs the logits of all"),
+        ({"divergence": "reverse_kl"}, "divergence='reverse_kl' needs all of them"),
+        ({"divergence": "jsd"}, "divergence='jsd' needs all of them"),
+        ({"offline_mode": "full"}, "'tail', 'renorm' or 'zero', got 'full'"),
+        ({"rest": {"processing_class": small_tokenizer()}}, "stored for another tokenizer"),
+        ({"model": tiny.llama(0, vocab_size=48)}, "for a vocabulary of 64 and the student has 48"),
+        ({"kind": "masked_lm"}, "The stored teacher does causal_lm and the student masked_lm"),
+        ({"evaluation": texts()}, "for eval_dataset nothing is stored"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_learned_from_it_is_refused(settings, message, kept, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        distil(tmp_path, kept("causal_lm"), **settings)
+
+
+def test_another_teacher_for_evaluation_or_no_teacher_at_all_is_refused(kept, stored, tmp_path):
+    with pytest.raises(ValueError, match="for eval_dataset another teacher is stored"):
+        distil(tmp_path, kept("causal_lm"), evaluation=load_teacher_logits(stored))
+    with pytest.raises(ValueError, match="needs a teacher: give a model, or the dataset of load_teacher_logits"):
+        distil(tmp_path, texts())
+    with pytest.raises(ValueError, match="Class 0 is"):
+        model = KINDS["sequence_classification"][0](0, id2label={0: "b", 1: "a", 2: "c", 3: "d"})
+        named = KINDS["sequence_classification"][0](1, id2label={0: "a", 1: "b", 2: "c", 3: "d"})
+        data = store(
+            tmp_path / "named",
+            named,
+            KINDS["sequence_classification"][1](),
+            data_collator=right("sequence_classification"),
+        )
+        distil(tmp_path, data, "sequence_classification", model=model)
+
+
+def test_a_method_that_needs_all_logits_says_so(kept, tmp_path):
+    class Needy(DistillationTrainer):
+        _config = LogitDistillationConfig
+
+    with pytest.raises(ValueError, match="Needy needs all of a teacher's logits, and this dataset has its 5 best"):
+        distil(tmp_path, kept("causal_lm"), trainer=Needy)
