@@ -1,4 +1,5 @@
-"""What a distillation step costs: our trainer's against one on all logits, and its head against TRL's chunked kernel.
+"""What a distillation step costs: our trainer's against one on all logits, its head against TRL's chunked kernel, and a stored
+teacher against one at hand.
 
 python examples/benchmarks/distillation.py [--quick]
 
@@ -13,12 +14,14 @@ from typing import Any
 
 import torch
 from common import alternate, llama, peak_memory, ratio, row, seconds, table
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
+from transformers import default_data_collator
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from hf_logits.fused_head import fused_loss
-from hf_logits.trainers import LogitDistillationConfig, LogitDistillationTrainer
+from hf_logits.trainers import LogitDistillationConfig, LogitDistillationTrainer, store_teacher_logits
 from hf_logits.trainers.logit_distillation import kd_rows
 
 
@@ -74,6 +77,33 @@ def steps(size: dict[str, int], prompt: float) -> dict[str, Callable[[], None]]:
     return {"ours": ours, "stock": stock}
 
 
+def stored(size: dict[str, int]) -> dict[str, Callable[[], None]]:
+    """A step from a teacher's best tokens, and one with that teacher, which is thrice as wide as the student."""
+    inputs = batch(size, 0.0)
+    teacher = llama(size["vocabulary"], 3 * size["student"], 1, 1)
+    rows = [{name: value[i].tolist() for name, value in inputs.items()} for i in range(size["rows"])]
+    found: dict[str, Callable[[], None]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        given = {"k": 64, "data_collator": default_data_collator, "batch_size": size["rows"]}
+        data = store_teacher_logits(teacher, Dataset.from_list(rows), f"{folder}/teacher", **given)
+        for name, taught in (("ours", None), ("stock", teacher)):
+            student = llama(size["vocabulary"], size["student"], 1, 0)
+            settings = {"kd_weight": 0.5, "ce_weight": 0.5, "per_device_train_batch_size": size["rows"]}
+            arguments = LogitDistillationConfig(folder, use_cpu=True, report_to=[], **settings)  # type: ignore[arg-type]
+            trainer = LogitDistillationTrainer(
+                student, taught, arguments, train_dataset=data, data_collator=default_data_collator
+            )
+            read = trainer.data_collator([data[i] for i in range(len(data))]) if taught is None else inputs
+
+            def step(trainer: Any = trainer, student: Any = student, read: Any = read) -> None:
+                student.zero_grad()
+                trainer.training_step(student, read, trainer._get_num_items_in_batch([read], torch.device("cpu")))
+
+            step()
+            found[name] = step
+    return found
+
+
 def heads(size: dict[str, int]) -> dict[str, Callable[[], None]]:
     """The KL of what two heads make of hidden states, as TRL has it: at temperature 1, without labels."""
     generator = torch.Generator().manual_seed(0)
@@ -122,6 +152,8 @@ def run(quick: bool = False) -> str:
         what = f"KD + CE step, {prompt:.0%} of the tokens a prompt, against all logits"
         found += lines(what, steps(size, prompt), repeats, (0.60, 0.20))
     found += lines("KL through the heads alone, against TRL's kernel", heads(size), repeats, (0.60, 0.40))
+    what = f"KD + CE step from 64 stored tokens, against one with the teacher, {3 * size['student']} wide"
+    found += lines(what, stored(size), repeats, (0.65, 1.0))
     return table(["what", "theirs", "ours"], found)
 
 
