@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_logits.trainers.entanglement import EntanglementConfig, EntanglementTrainer
     from hf_logits.trainers.entanglement_callback import EntanglementCallback
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
+    from hf_logits.trainers.logit_distillation import LogitDistillationConfig, LogitDistillationTrainer, kd_loss
     from hf_logits.trainers.multi_objective_gate import (
         MultiObjectiveGateConfig,
         MultiObjectiveGateTrainer,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         reward_model_as_function,
     )
     from hf_logits.trainers.rpo import RPOConfig, RPOTrainer, rpo_loss
+    from hf_logits.trainers.teacher_logits import TeacherLogitsCollator, load_teacher_logits, store_teacher_logits
 
 
 __all__ = [
@@ -42,12 +44,15 @@ __all__ = [
     "FDPOConfig",
     "FDPOTrainer",
     "LogSigmoidCenteredReward",
+    "LogitDistillationConfig",
+    "LogitDistillationTrainer",
     "MultiObjectiveGateConfig",
     "MultiObjectiveGateTrainer",
     "MultiObjectiveRewardConfig",
     "MultiObjectiveRewardModel",
     "RPOConfig",
     "RPOTrainer",
+    "TeacherLogitsCollator",
     "add_reference_rewards",
     "bco_loss",
     "build_pairs",
@@ -57,10 +62,13 @@ __all__ = [
     "embed_ratings",
     "f_dpo_loss",
     "filter_by_ches",
+    "kd_loss",
+    "load_teacher_logits",
     "log_sigmoid_centered",
     "mix_datasets",
     "reward_model_as_function",
     "rpo_loss",
+    "store_teacher_logits",
     "without_negative_gradient",
 ]
 
@@ -75,12 +83,15 @@ _HOMES = {
     "FDPOConfig": "f_dpo",
     "FDPOTrainer": "f_dpo",
     "LogSigmoidCenteredReward": "reward_transform",
+    "LogitDistillationConfig": "logit_distillation",
+    "LogitDistillationTrainer": "logit_distillation",
     "MultiObjectiveGateConfig": "multi_objective_gate",
     "MultiObjectiveGateTrainer": "multi_objective_gate",
     "MultiObjectiveRewardConfig": "multi_objective_reward",
     "MultiObjectiveRewardModel": "multi_objective_reward",
     "RPOConfig": "rpo",
     "RPOTrainer": "rpo",
+    "TeacherLogitsCollator": "teacher_logits",
     "add_reference_rewards": "reward_transform",
     "bco_loss": "bco",
     "build_pairs": "on_policy",
@@ -90,10 +101,13 @@ _HOMES = {
     "embed_ratings": "multi_objective_gate",
     "f_dpo_loss": "f_dpo",
     "filter_by_ches": "ches",
+    "kd_loss": "logit_distillation",
+    "load_teacher_logits": "teacher_logits",
     "log_sigmoid_centered": "reward_transform",
     "mix_datasets": "on_policy",
     "reward_model_as_function": "reward_transform",
     "rpo_loss": "rpo",
+    "store_teacher_logits": "teacher_logits",
     "without_negative_gradient": "on_policy",
 }
 

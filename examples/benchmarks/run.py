@@ -25,6 +25,7 @@ TABLES = {
     "filters": "Filters of the vocabulary",
     "engine": "The engine",
     "trainers": "Training steps against the stock trainers",
+    "distillation": "Distillation without a tensor of tokens times vocabulary",
     "ches": "Scoring preference pairs",
 }
 
