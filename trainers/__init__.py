@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_logits.trainers.bco import BCOConfig, BCOTrainer, bco_loss
     from hf_logits.trainers.ches import CHESCallback, ches_from_hidden, ches_scores, filter_by_ches
+    from hf_logits.trainers.dual_head_distillation import binary_kl_norm_loss, project_gradient
     from hf_logits.trainers.entanglement import EntanglementConfig, EntanglementTrainer
     from hf_logits.trainers.entanglement_callback import EntanglementCallback
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         embed_ratings,
     )
     from hf_logits.trainers.multi_objective_reward import MultiObjectiveRewardConfig, MultiObjectiveRewardModel
+    from hf_logits.trainers.nkd import nkd_loss
     from hf_logits.trainers.on_policy import build_pairs, mix_datasets, without_negative_gradient
     from hf_logits.trainers.reward_transform import (
         ConjunctionReward,
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
         reward_model_as_function,
     )
     from hf_logits.trainers.rpo import RPOConfig, RPOTrainer, rpo_loss
+    from hf_logits.trainers.sinkhorn_distillation import sinkhorn_distance, sinkhorn_kd_loss
+    from hf_logits.trainers.uskd import uskd_loss
 
 
 __all__ = [
@@ -50,6 +54,7 @@ __all__ = [
     "RPOTrainer",
     "add_reference_rewards",
     "bco_loss",
+    "binary_kl_norm_loss",
     "build_pairs",
     "cache_embeddings",
     "ches_from_hidden",
@@ -59,8 +64,13 @@ __all__ = [
     "filter_by_ches",
     "log_sigmoid_centered",
     "mix_datasets",
+    "nkd_loss",
+    "project_gradient",
     "reward_model_as_function",
     "rpo_loss",
+    "sinkhorn_distance",
+    "sinkhorn_kd_loss",
+    "uskd_loss",
     "without_negative_gradient",
 ]
 
@@ -83,6 +93,7 @@ _HOMES = {
     "RPOTrainer": "rpo",
     "add_reference_rewards": "reward_transform",
     "bco_loss": "bco",
+    "binary_kl_norm_loss": "dual_head_distillation",
     "build_pairs": "on_policy",
     "cache_embeddings": "multi_objective_gate",
     "ches_from_hidden": "ches",
@@ -92,8 +103,13 @@ _HOMES = {
     "filter_by_ches": "ches",
     "log_sigmoid_centered": "reward_transform",
     "mix_datasets": "on_policy",
+    "nkd_loss": "nkd",
+    "project_gradient": "dual_head_distillation",
     "reward_model_as_function": "reward_transform",
     "rpo_loss": "rpo",
+    "sinkhorn_distance": "sinkhorn_distillation",
+    "sinkhorn_kd_loss": "sinkhorn_distillation",
+    "uskd_loss": "uskd",
     "without_negative_gradient": "on_policy",
 }
 
