@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_logits.trainers.entanglement import EntanglementConfig, EntanglementTrainer
     from hf_logits.trainers.entanglement_callback import EntanglementCallback
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
+    from hf_logits.trainers.logit_distillation import LogitDistillationConfig, LogitDistillationTrainer, kd_loss
     from hf_logits.trainers.multi_objective_gate import (
         MultiObjectiveGateConfig,
         MultiObjectiveGateTrainer,
@@ -46,6 +47,8 @@ __all__ = [
     "FDPOConfig",
     "FDPOTrainer",
     "LogSigmoidCenteredReward",
+    "LogitDistillationConfig",
+    "LogitDistillationTrainer",
     "MultiObjectiveGateConfig",
     "MultiObjectiveGateTrainer",
     "MultiObjectiveRewardConfig",
@@ -62,6 +65,7 @@ __all__ = [
     "embed_ratings",
     "f_dpo_loss",
     "filter_by_ches",
+    "kd_loss",
     "log_sigmoid_centered",
     "mix_datasets",
     "nkd_loss",
@@ -85,6 +89,8 @@ _HOMES = {
     "FDPOConfig": "f_dpo",
     "FDPOTrainer": "f_dpo",
     "LogSigmoidCenteredReward": "reward_transform",
+    "LogitDistillationConfig": "logit_distillation",
+    "LogitDistillationTrainer": "logit_distillation",
     "MultiObjectiveGateConfig": "multi_objective_gate",
     "MultiObjectiveGateTrainer": "multi_objective_gate",
     "MultiObjectiveRewardConfig": "multi_objective_reward",
@@ -101,6 +107,7 @@ _HOMES = {
     "embed_ratings": "multi_objective_gate",
     "f_dpo_loss": "f_dpo",
     "filter_by_ches": "ches",
+    "kd_loss": "logit_distillation",
     "log_sigmoid_centered": "reward_transform",
     "mix_datasets": "on_policy",
     "nkd_loss": "nkd",

@@ -1,0 +1,460 @@
+"""Distillation on [`~transformers.Trainer`]: what every method needs, and no method."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from hf_logits.checks import check_count
+from hf_logits.fused_head import Head, fused_loss, inside
+from hf_logits.meters import Meters, compare
+from hf_logits.resumable import ResumableMixin
+from hf_logits.tasks import LANGUAGE, bare, check_one_class, shared_classes, targets, task_of, valid_rows
+from hf_logits.teachers import check_apart, fingerprint, freeze, place, without_cache
+
+
+logger = logging.get_logger(__name__)
+
+METERS = ("cross_entropy", "student_entropy", "teacher_cross_entropy", "agreement")
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """What all distillation trainers need beside the settings of [`~transformers.TrainingArguments`].
+
+    Args:
+        fused_head (`bool`, *optional*):
+            Whether language models' heads run on a chunk of the tokens at a time, so that no `[tokens, vocabulary]` tensor
+            exists. `None`: where it can be done. `True`: an error where it cannot. `False`: never.
+        chunk_size (`int`, *optional*, defaults to `128`):
+            Tokens in a chunk of the fused head. Memory grows with it.
+        disabled_adapter_teacher (`bool`, *optional*, defaults to `False`):
+            Whether a PEFT student with its adapter disabled is the teacher. Costs no memory.
+    """
+
+    fused_head: bool | None = field(
+        default=None,
+        metadata={"help": "Whether language models' heads run chunk by chunk. None: where it can be done."},
+    )
+    chunk_size: int = field(default=128, metadata={"help": "Tokens in a chunk of the fused head."})
+    disabled_adapter_teacher: bool = field(
+        default=False,
+        metadata={"help": "Whether a PEFT student with its adapter disabled is the teacher."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("chunk_size", self.chunk_size, minimum=1)
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the teacher's distribution is the soft label. "
+                "Leave it at 0."
+            )
+
+
+class DistillationTrainer(ResumableMixin, Trainer):
+    """Trains a student on its own logits and a teacher's. A subclass says what is done with them: [`terms`], [`term_weights`].
+
+    The loss is summed over all rows that predict something (tokens, or examples) and divided by their number in the whole
+    step: however the step is cut into micro-batches and processes, it is the same one.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student: causal, encoder-decoder or masked language model, token, sequence or image classifier.
+        teacher ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            For the same task. It keeps its dtype, is frozen, and is not moved if it was quantised or loaded with a device map.
+        args ([`DistillationConfig`], *optional*):
+            Settings.
+        teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The teacher's tokenizer, to be compared with the student's `processing_class`.
+        rest:
+            Of [`~transformers.Trainer`].
+    """
+
+    args: DistillationConfig
+    rowwise: bool = True
+    """Whether a row's terms depend on that row alone; else they get all rows of a batch at once."""
+    needs_teacher: bool = True
+    loss_is_scaled_for_ga = True
+    _config: type[DistillationConfig] = DistillationConfig
+    _name: str = "Distillation"
+    _tag_names: list[str] = ["hf_logits", "distillation"]
+    _paper: dict[str, str] = {}
+    _state_file = "teacher.safetensors"
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        teacher: PreTrainedModel | PeftModel | None = None,
+        args: Any = None,
+        *,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        **rest: Any,
+    ):
+        name = type(self).__name__
+        if args is None:
+            args = self._config(f"{str(model.config.name_or_path or 'student').split('/')[-1]}-{self._name}")
+        elif not isinstance(args, self._config):
+            raise TypeError(f"{name} needs `args` of type {self._config.__name__}, got {type(args).__name__}.")
+        for argument in ("compute_loss_func", "model_init"):
+            if rest.get(argument) is not None:
+                raise ValueError(
+                    f"{name} does not take {argument}: the loss and the student are fixed when it is built."
+                )
+        task = task_of(model)
+        if task is None:
+            raise ValueError(
+                f"{name} cannot tell what {type(bare(model)).__name__} predicts. Give a causal, encoder-decoder or masked language "
+                "model, or a token, sequence or image classifier."
+            )
+        self.task: str = task
+        check_one_class(model)
+        self._check_teacher(model, teacher, args)
+        tokenizer = rest.get("processing_class")
+        self.classes: int | None = None
+        if teacher is not None:
+            self.classes = shared_classes(
+                model, teacher, tokenizer=tokenizer, teacher_tokenizer=teacher_processing_class
+            )
+            freeze(teacher)
+        if rest.get("data_collator") is None:
+            rest["data_collator"] = self._collator(model, tokenizer)
+        super().__init__(model, args, **rest)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{name} does not run under DataParallel: start it with `accelerate launch` or `torchrun`."
+            )
+        if self.get_cp_size() > 1 or self.get_sp_size() > 1:
+            raise ValueError(f"{name} needs whole sequences: turn context and sequence parallelism off.")
+        read = teacher if teacher is not None else model if args.disabled_adapter_teacher else None
+        self._fingerprint = None if read is None else fingerprint(read)
+        self._teacher_settings: dict[str, Any] = {} if read is None else without_cache(read)
+        self.teacher: Any = None if teacher is None else place(teacher, self.accelerator)
+        self._meters = {"train": Meters(), "eval": Meters()}
+        self._prepare_heads(model, teacher)
+
+    # --- what a method defines ---------------------------------------------------------------------------------------
+
+    def terms(
+        self, student: Float[Tensor, "N C"], teacher: Float[Tensor, "N C"] | None, labels: Int[Tensor, " N"]
+    ) -> dict[str, Float[Tensor, " N"]]:
+        """The parts of the loss before their weights, one value a row.
+
+        Args:
+            student, teacher: logits of the rows that predict something, in float32 or better.
+            labels: what they are to predict.
+        """
+        raise NotImplementedError
+
+    def term_weights(self) -> dict[str, float]:
+        """What each term is multiplied by. May depend on `self.state.global_step`, so that a resumed run goes on alike."""
+        raise NotImplementedError
+
+    # --- the loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs, wanted = self._split(inputs)
+        if self._fused and not return_outputs and self._heads_stand_alone(inputs):
+            run = self._fused_total
+            total, sums, rows = inside(model, self.accelerator.unwrap_model(model), run, inputs, wanted)
+            outputs = None
+        else:
+            taught = None
+            with self._teaching() as teacher:
+                if teacher is not None:
+                    taught, _ = valid_rows(teacher(**inputs, **self._teacher_settings).logits, wanted)
+            outputs = model(**inputs)
+            student, labels = valid_rows(outputs.logits, wanted)
+            rows = len(labels)
+            total, sums = self.weigh(student, taught, labels)
+        loss = self._normalise(total, rows, num_items_in_batch)
+        self._meters["train" if self._unwrapped.training else "eval"].add(sums, rows)
+        return (loss, outputs) if return_outputs else loss
+
+    def _fused_total(
+        self, inputs: dict[str, Any], wanted: Int[Tensor, "B L"]
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]], int]:
+        """The loss summed over the rows, through heads that see a chunk of them at a time."""
+        valid, read, teacher_hidden = wanted != -100, None, None
+        with self._teaching() as teacher:
+            if teacher is not None:
+                read = self._teacher_head or self._student_head
+                with read.spared() as seen:
+                    teacher(**inputs, **self._teacher_settings)
+                teacher_hidden = seen[0][:, -wanted.size(1) :][valid]
+        with self._student_head.spared() as seen:
+            self._unwrapped(**inputs)
+        hidden = seen[0][:, -wanted.size(1) :][valid]
+
+        def teach(rows: Tensor) -> Tensor:
+            if self._teacher_head is not None:
+                with self._plain():
+                    return self._teacher_head(rows)
+            with self._teaching() if self._head_adapted else contextlib.nullcontext():
+                return self._student_head(rows)
+
+        def weigh(*given: Any) -> Any:
+            with self._plain():
+                return self.weigh(*given)
+
+        labels = wanted[valid]
+        with self.accelerator.autocast():
+            total, sums = fused_loss(
+                hidden,
+                self._student_head,
+                labels,
+                weigh,
+                chunk_size=self.args.chunk_size,
+                teacher_hidden=teacher_hidden,
+                teacher_head=teach,
+            )
+        return total, sums, len(labels)
+
+    def _plain(self) -> Any:
+        """No autocast: not in the loss, nor for a teacher, which has a dtype of its own."""
+        return torch.autocast(self.args.device.type, enabled=False)
+
+    @torch.no_grad()
+    def _heads_stand_alone(self, inputs: dict[str, Any]) -> bool:
+        """Whether the heads give the models' logits from hidden states alone: tried out once, on the first batch."""
+        if self._heads_tried:
+            return True
+        pairs = [(self._unwrapped, self._student_head)]
+        pairs += [] if self._teacher_head is None else [(self.teacher, self._teacher_head)]
+        for model, head in pairs:
+            training = model.training
+            model.eval()
+            try:
+                with head.spared() as seen:
+                    whole = model(**inputs).logits[:, 0].float()
+                alone = head(seen[0][:, 0]).float()
+                fits = bool((whole - alone).abs().max() <= 0.02 * whole.abs().max())
+                reason = f"the head of {type(bare(model)).__name__} needs more than the hidden state of a token"
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                fits, reason = False, f"the head of {type(bare(model)).__name__} does not run by itself ({error})"
+            finally:
+                model.train(training)
+            if not fits:
+                self._not_fused(reason)
+                return False
+        self._heads_tried = True
+        return True
+
+    def _not_fused(self, reason: str) -> None:
+        if self.args.fused_head:
+            raise ValueError(f"fused_head=True is not possible: {reason}. Leave fused_head out.")
+        self._fused = False
+        if self.task in LANGUAGE and self.args.fused_head is None:
+            logger.warning_once(f"All logits of a batch are in memory at once: {reason}. fused_head=False is silent.")
+
+    def _prepare_heads(self, model: Any, teacher: Any) -> None:
+        self._heads_tried, self._fused = False, self.args.fused_head is not False
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if self.task not in LANGUAGE:
+            self._not_fused(f"{self.task} has few classes")
+        elif not self.rowwise:
+            self._not_fused("this loss compares the rows of a batch with each other")
+        elif self.args.torch_compile:
+            self._not_fused("torch_compile compiles the whole forward")
+        elif self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+            self._not_fused("the heads are sharded")
+        if not self._fused:
+            return
+        try:
+            self._student_head, self._teacher_head = Head(model), None if teacher is None else Head(teacher)
+        except ValueError as error:
+            self._not_fused(str(error))
+            return
+        self._head_adapted = isinstance(model, PeftModel) and self._student_head.has_adapter()
+
+    def weigh(
+        self, student: Float[Tensor, "N C"], teacher: Float[Tensor, "N C"] | None, labels: Int[Tensor, " N"]
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """The weighted terms summed over the rows, and the sums that are logged."""
+        if not len(labels):  # a graph without rows still reaches every weight, for processes that wait for gradients
+            return student.sum(), {}
+        if self.classes is not None:  # both are cut before the softmax: padding of a vocabulary is no token
+            student = student[:, : self.classes]
+            teacher = None if teacher is None else teacher[:, : self.classes]
+        terms, weights = self.terms(student, teacher, labels), self.term_weights()
+        if terms.keys() != weights.keys():
+            raise ValueError(f"{type(self).__name__} has terms {sorted(terms)} and weights of {sorted(weights)}.")
+        sums = {name: term.sum() for name, term in terms.items()}
+        total = torch.stack([weights[name] * value for name, value in sums.items()]).sum()
+        logged = compare(student.detach(), teacher, labels) | sums | {"loss": total}
+        return total, {name: value.detach() for name, value in logged.items()}
+
+    def _normalise(self, total: Float[Tensor, ""], rows: int, items: Any) -> Float[Tensor, ""]:
+        if items is None:
+            return total / max(1, rows)
+        # Gradients are averaged over the processes, but `items` are all of theirs.
+        shares = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+        return total * shares / torch.as_tensor(items, device=total.device).clamp(min=1)
+
+    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Int[Tensor, "B ..."]]:
+        """What both models read, and what they are to predict."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        shifted = inputs.pop("shift_labels", None)
+        if labels is None and shifted is None:
+            raise ValueError(
+                "A batch has no labels: they say which positions count (-100: not), even where only the teacher's logits are learned "
+                "from. Give the dataset labels, or a data_collator that makes them."
+            )
+        if self.task == "seq2seq" and inputs.get("decoder_input_ids") is None:
+            whole: Any = bare(self._unwrapped)
+            inputs["decoder_input_ids"] = whole.prepare_decoder_input_ids_from_labels(labels=labels)
+        wanted = targets(labels, self.task) if shifted is None else shifted
+        expected = 1 if self.task in ("sequence_classification", "image_classification") else 2
+        if wanted.is_floating_point() or wanted.dim() != expected:
+            raise ValueError(
+                f"{self.task} needs labels that are class ids of {expected} dimension(s); got {wanted.dtype} of shape "
+                f"{tuple(wanted.shape)}."
+            )
+        return inputs, wanted
+
+    @property
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    @contextlib.contextmanager
+    def _teaching(self) -> Iterator[Any]:
+        """The teacher, if there is one, in a block without gradients. Not inference mode, whose tensors no graph may use."""
+        with torch.no_grad():
+            if not self.args.disabled_adapter_teacher:
+                yield self.teacher
+                return
+            student = self._unwrapped
+            training = student.training
+            student.eval()
+            try:
+                with student.disable_adapter():
+                    yield student
+            finally:
+                student.train(training)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Rows that predict something, over all micro-batches of a step and all processes."""
+        if not batch_samples or not {"labels", "shift_labels"} & set(batch_samples[0]):
+            return None
+        found = []
+        for batch in batch_samples:
+            wanted = batch["shift_labels"] if "shift_labels" in batch else targets(batch["labels"], self.task)
+            if self.classes is not None and bool((wanted >= self.classes).any()):
+                raise ValueError(
+                    f"A label is {int(wanted.max())}, but student and teacher share only the ids below {self.classes}: one of the two "
+                    "has tokens that the other lacks. Set such labels to -100."
+                )
+            found.append((wanted != -100).sum())
+        items = torch.stack(found).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items = self.accelerator.gather(items).sum() / self.get_tp_size()
+        return items
+
+    # --- evaluation, logging, checkpoints, card ----------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        if not prediction_loss_only or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        items = self._get_num_items_in_batch([inputs], self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs, num_items_in_batch=items).detach(), None, None
+
+    def evaluation_loop(self, *given: Any, **named: Any) -> Any:
+        found: Any = super().evaluation_loop(*given, **named)
+        prefix = named["metric_key_prefix"] if "metric_key_prefix" in named else given[4] if len(given) > 4 else "eval"
+        means = self._means("eval")
+        # over all rows alike, where the host averages the means of batches
+        found.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return found
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= {name: value for name, value in self._means("train").items() if name != "loss"}
+        super().log(logs, start_time)
+
+    def _means(self, mode: str) -> dict[str, float]:
+        names = list(dict.fromkeys(["loss", *self.term_weights(), *METERS]))
+        means = self._meters[mode].read(self.accelerator, names)
+        return {name if name == "loss" else f"distillation/{name}": value for name, value in means.items()}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {} if self._fingerprint is None else {"fingerprint": self._fingerprint}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        if self._fingerprint is not None and not torch.equal(state["fingerprint"], self._fingerprint):
+            raise ValueError(
+                "This checkpoint was trained with another teacher (its weights or their dtype differ). Give the same teacher, or start "
+                "from the checkpoint's weights instead of resuming."
+            )
+
+    def create_model_card(self, *given: Any, **named: Any) -> None:
+        named["tags"] = [*self._tag_names, *([tags] if isinstance(tags := named.get("tags") or [], str) else tags)]
+        super().create_model_card(*given, **named)
+        if not self.is_world_process_zero():
+            return
+        taught = self.teacher.config.name_or_path if self.teacher is not None else ""
+        lines = [
+            "",
+            "## Method",
+            f"This model was trained with {self._name}" + (f" from `{taught}`." if taught else "."),
+        ]
+        if self._paper:
+            lines.append(f"[{self._paper['title']}](https://huggingface.co/papers/{self._paper['id']})")
+            lines.append(f"```bibtex\n{self._paper['citation']}\n```")
+        with Path(str(self.args.output_dir), "README.md").open("a", encoding="utf-8") as card:
+            card.write("\n\n".join(lines) + "\n")
+
+    # --- what is refused, and defaults -------------------------------------------------------------------------------
+
+    def _check_teacher(self, model: Any, teacher: Any, args: DistillationConfig) -> None:
+        name = type(self).__name__
+        if teacher is not None and not isinstance(teacher, PreTrainedModel | PeftModel):
+            raise TypeError(f"The teacher must be a PreTrainedModel or a PeftModel, got {type(teacher).__name__}.")
+        if args.disabled_adapter_teacher and not isinstance(model, PeftModel):
+            raise ValueError(
+                f"disabled_adapter_teacher=True needs a PeftModel as the student, got {type(model).__name__}: give a teacher instead."
+            )
+        if args.disabled_adapter_teacher and teacher is not None:
+            raise ValueError("Give a teacher or set disabled_adapter_teacher=True, not both.")
+        given = teacher is not None or args.disabled_adapter_teacher
+        if self.needs_teacher and not given:
+            raise ValueError(
+                f"{name} needs a teacher: give a model, or set disabled_adapter_teacher=True if the student is a PeftModel whose base "
+                "model is to teach."
+            )
+        if given and not self.needs_teacher:
+            raise ValueError(f"{name} learns without a teacher: leave it out.")
+        if teacher is not None:
+            check_apart(model, teacher)
+
+    def _collator(self, model: Any, tokenizer: Any) -> Any:
+        """The host's default does not pad labels."""
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            return None
+        if self.task in ("causal_lm", "seq2seq"):
+            return DataCollatorForSeq2Seq(tokenizer, bare(model))
+        if self.task == "token_classification":
+            return DataCollatorForTokenClassification(tokenizer)
+        return DataCollatorForLanguageModeling(tokenizer) if self.task == "masked_lm" else None

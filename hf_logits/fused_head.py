@@ -1,0 +1,221 @@
+"""Losses on a language model's logits that never exist all at once: its head runs on a few tokens at a time.
+
+The gradient of a chunk is formed together with its loss, so nothing of a chunk outlives it. The head is whatever the model
+does behind its backbone: adapters, quantised weights, biases, scales, caps and transforms are in it.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
+
+from hf_logits.hidden import backbone
+
+
+Loss = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""`(student's logits, teacher's logits, labels) -> (sum over the rows, sums to log)`."""
+
+
+class Head:
+    """A language model from the last hidden states on, as a function of any of its rows.
+
+    The model's own forward runs, with the rows in place of what its backbone would give.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): with a backbone, and logits that depend on the last
+            hidden state of their own position alone.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel):
+        self._whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._body: Any = backbone(model)
+        self._output: Any = BaseModelOutput
+        accepted = inspect.signature(type(self._whole).forward).parameters
+        self._without_cache = {"use_cache": False} if "use_cache" in accepted else {}
+        self._reads_encoder = self._whole.config.is_encoder_decoder and self._body is not self._whole.base_model
+
+    @contextlib.contextmanager
+    def spared(self) -> Iterator[list[Float[Tensor, "B L D"]]]:
+        """Collect the hidden states of the forward in the block, whose head sees no more than the first position."""
+        seen: list[Tensor] = []
+
+        def keep(body: Any, args: Any, output: Any) -> Any:
+            if not isinstance(output, ModelOutput) or "last_hidden_state" not in output:
+                raise ValueError(
+                    f"{type(body).__name__} does not return its last_hidden_state by name: set fused_head=False."
+                )
+            seen.append(output.last_hidden_state)
+            self._output = type(output)
+            return replace(output, last_hidden_state=output.last_hidden_state[:, :1])  # type: ignore[type-var]
+
+        handle = self._body.register_forward_hook(keep)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    def has_adapter(self) -> bool:
+        """Whether PEFT has a layer of its own behind the backbone."""
+        behind = set(self._whole.modules()) - set(self._body.modules())
+        return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in behind)
+
+    def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        given: dict[str, Any] = {}
+        if self._reads_encoder:
+            given["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden[None])  # type: ignore[arg-type]
+        output = self._output(last_hidden_state=hidden[None])
+        with _replaced_forward(self._body, lambda *args, **kwargs: output):
+            logits: Tensor = self._whole.forward(**given, **self._without_cache).logits
+        return logits[0]
+
+
+@contextlib.contextmanager
+def _replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def inside(wrapper: Any, module: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function as if it were the forward of `module`, through whatever is wrapped around that.
+
+    So the wrapper (DDP, FSDP) sees the loss as the output of its forward, and has gathered what it shards.
+    """
+
+    def redirected(*given: Any) -> Any:
+        with _replaced_forward(module, original) if own else _class_forward(module):
+            return function(*given)
+
+    own = "forward" in module.__dict__
+    original = module.forward
+    with _replaced_forward(module, redirected):
+        return wrapper(*args)
+
+
+@contextlib.contextmanager
+def _class_forward(module: Any) -> Iterator[None]:
+    now = module.__dict__.pop("forward")
+    try:
+        yield
+    finally:
+        module.forward = now
+
+
+def widen(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    """At least float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def fused_loss(
+    hidden: Float[Tensor, "N D"],
+    head: Callable[[Tensor], Tensor],
+    labels: Int[Tensor, " N"],
+    loss: Loss,
+    *,
+    chunk_size: int,
+    teacher_hidden: Float[Tensor, "N E"] | None = None,
+    teacher_head: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """A loss that is summed over rows, of logits that exist for `chunk_size` rows at a time.
+
+    It can be differentiated once, with respect to `hidden` and all leaves behind it that want a gradient.
+
+    Args:
+        hidden, teacher_hidden: one row for each label.
+        head, teacher_head: from some of these rows to their logits.
+        loss: see [`Loss`]. Rows must not depend on each other.
+    """
+    trained = torch.is_grad_enabled()
+    total, sums = torch.zeros((), device=hidden.device), dict[str, Tensor]()
+    leaves: list[Tensor] = []
+    gradients: list[Tensor | None] = []
+    of_hidden = torch.zeros_like(hidden) if trained and hidden.requires_grad else None
+    for start in range(0, max(1, len(labels)), chunk_size):
+        part = slice(start, start + chunk_size)
+        taught = None
+        if teacher_head is not None and teacher_hidden is not None and len(labels):
+            with torch.no_grad():
+                taught = widen(teacher_head(teacher_hidden[part]))
+        rows = hidden[part].detach().requires_grad_(of_hidden is not None)
+        value, found = loss(widen(head(rows)), taught, labels[part])
+        del taught
+        if trained and value.requires_grad:
+            if start == 0:
+                leaves = [leaf for leaf in _leaves(value) if leaf is not rows]
+                gradients = [None] * len(leaves)
+            wanted = [*([rows] if of_hidden is not None else []), *leaves]
+            fresh = list(torch.autograd.grad(value, wanted, allow_unused=True))
+            if of_hidden is not None and (first := fresh.pop(0)) is not None:
+                of_hidden[part] = first
+            gradients = [_add(before, new) for before, new in zip(gradients, fresh, strict=True)]
+        total = total + value.detach()
+        sums = {name: sums[name] + one if sums else one for name, one in found.items()}
+    if not trained:
+        return total, sums
+    if of_hidden is not None:
+        leaves, gradients = [hidden, *leaves], [of_hidden, *gradients]
+    return _Formed.apply(total, gradients, *leaves), sums
+
+
+def _add(before: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if new is None:
+        return before
+    if before is None:
+        return widen(new)
+    return before.add_(new)
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """What a graph ends in."""
+    found, seen, waiting = [], set(), [value.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+class _Formed(torch.autograd.Function):
+    """A value whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        ctx.dtypes = [one.dtype for one in inputs]
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "The gradient of a fused loss was taken a second time: it is formed once and then gone."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [
+            None if one is None else one.mul_(outer).to(dtype)
+            for one, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return None, None, *scaled

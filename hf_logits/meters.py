@@ -1,0 +1,45 @@
+"""Means over all rows of many batches and processes: sums on the device, read once in a while."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Meters:
+    """Sums of named values and the number of rows that they are sums over."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, sums: dict[str, Float[Tensor, ""]], rows: int) -> None:
+        """Values summed over `rows` rows. Rows that have no values count for nothing."""
+        for name, value in sums.items():
+            one = torch.stack([value.detach().double(), torch.full_like(value, rows, dtype=torch.float64)])
+            self._sums[name] = self._sums[name] + one if name in self._sums else one
+
+    def read(self, accelerator: Any, names: list[str]) -> dict[str, float]:
+        """The means over all processes of `names`, in one exchange, and begin anew. A name without rows is left out."""
+        nothing = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        mine = torch.stack([self._sums.get(name, nothing) for name in names])
+        self._sums = {}
+        total = accelerator.reduce(mine, reduction="sum").tolist()
+        return {name: value / rows for name, (value, rows) in zip(names, total, strict=True) if rows}
+
+
+@torch.no_grad()
+def compare(
+    student: Float[Tensor, "N C"], teacher: Float[Tensor, "N C"] | None, labels: Int[Tensor, " N"]
+) -> dict[str, Float[Tensor, ""]]:
+    """What is worth knowing about two models' logits, summed over the rows: cross-entropies, entropy, and agreement."""
+    log_probs = student.log_softmax(-1)
+    found = {
+        "cross_entropy": -log_probs.gather(-1, labels[:, None]).sum(),
+        "student_entropy": torch.special.entr(log_probs.exp()).sum(),
+    }
+    if teacher is not None:
+        picked = teacher.gather(-1, labels[:, None])[:, 0]
+        found["teacher_cross_entropy"] = (teacher.logsumexp(-1) - picked).sum()
+        found["agreement"] = (student.argmax(-1) == teacher.argmax(-1)).sum().to(student.dtype)
+    return found

@@ -1,0 +1,126 @@
+"""What a model predicts, where, and among which classes: what losses on logits must know before they compare two models."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_logits.prompts import check_same_tokenizer
+
+
+LANGUAGE = ("causal_lm", "seq2seq", "masked_lm")
+"""Tasks whose classes are the tokens of a vocabulary."""
+
+_ENDINGS = {
+    "ForSequenceClassification": "sequence_classification",
+    "ForImageClassification": "image_classification",
+    "ForTokenClassification": "token_classification",
+    "ForMaskedLM": "masked_lm",
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "ForConditionalGeneration": "causal_lm",
+}
+
+
+def bare(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model itself; adapters stay in its layers."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+def task_of(model: PreTrainedModel | PeftModel) -> str | None:
+    """One of `causal_lm`, `seq2seq`, `masked_lm`, `token_classification`, `sequence_classification`,
+    `image_classification`, by the names of a model's class and of those above it; `None` for all others."""
+    whole = bare(model)
+    for base in type(whole).__mro__:
+        for ending, task in _ENDINGS.items():
+            if base.__name__.endswith(ending):
+                return "seq2seq" if task == "causal_lm" and whole.config.is_encoder_decoder else task
+    return None
+
+
+def targets(labels: Int[Tensor, "B ..."], task: str) -> Int[Tensor, "B ..."]:
+    """What the logits at each position are to predict, `-100` where nothing: causal language models predict the next label."""
+    if task != "causal_lm":
+        return labels
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def valid_rows(
+    logits: Float[Tensor, "B ... C"], wanted: Int[Tensor, "B ..."]
+) -> tuple[Float[Tensor, "N C"], Int[Tensor, " N"]]:
+    """The logits that predict something, one row each, in float32 or better, and their targets.
+
+    Virtual tokens of prompt learning may stand in front of the positions.
+    """
+    if wanted.dim() == 2:
+        logits = logits[:, logits.size(1) - wanted.size(1) :]
+    valid = wanted != -100
+    rows = logits[valid]
+    return rows if rows.dtype == torch.float64 else rows.float(), wanted[valid]
+
+
+def shared_classes(
+    student: PreTrainedModel | PeftModel,
+    teacher: PreTrainedModel | PeftModel,
+    *,
+    tokenizer: Any = None,
+    teacher_tokenizer: Any = None,
+) -> int | None:
+    """How many classes two models have in common, `None` if the same ones; those of an id must mean the same.
+
+    Vocabularies may be padded to different sizes: both are then cut, to the smallest of the two and the tokenizer's.
+
+    Raises:
+        ValueError: the tasks, the tokenizers, or the names or order of the classes differ.
+    """
+    tasks = task_of(student), task_of(teacher)
+    if tasks[0] != tasks[1]:
+        what = f"does {tasks[1]}" if tasks[1] else "has no logits that a loss could be made of"
+        raise ValueError(
+            f"The student {type(bare(student)).__name__} does {tasks[0]}, but the teacher {type(bare(teacher)).__name__} {what}: "
+            f"load the teacher with the Auto class of the student's task."
+        )
+    configs = bare(student).config, bare(teacher).config
+    if tasks[0] not in LANGUAGE:
+        _check_class_names(*configs)
+        return None
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and isinstance(teacher_tokenizer, PreTrainedTokenizerBase):
+        check_same_tokenizer(tokenizer, teacher_tokenizer)
+    sizes = [config.get_text_config().vocab_size for config in configs]
+    if sizes[0] == sizes[1]:
+        return None
+    return min(*sizes, len(tokenizer)) if isinstance(tokenizer, PreTrainedTokenizerBase) else min(sizes)
+
+
+def _check_class_names(student: Any, teacher: Any) -> None:
+    if student.num_labels != teacher.num_labels:
+        raise ValueError(
+            f"The student has {student.num_labels} classes and the teacher {teacher.num_labels}: load the student with "
+            f"num_labels={teacher.num_labels}."
+        )
+    ours, theirs = student.id2label, teacher.id2label
+    # names that nobody has given say nothing
+    if any(all(name == f"LABEL_{i}" for i, name in names.items()) for names in (ours, theirs)):
+        return
+    for i in range(student.num_labels):
+        if ours[i] != theirs[i]:
+            raise ValueError(
+                f"Class {i} is {ours[i]!r} for the student and {theirs[i]!r} for the teacher: give both the same id2label, in the "
+                "order of the dataset's labels."
+            )
+
+
+def check_one_class(model: PreTrainedModel | PeftModel) -> None:
+    """Refuse heads whose outputs are not the logits of one softmax."""
+    whole = bare(model)
+    task, kind = task_of(model), whole.config.problem_type
+    if task in (None, *LANGUAGE):
+        return
+    if kind in ("regression", "multi_label_classification") or whole.config.num_labels == 1:
+        raise ValueError(
+            f"{type(whole).__name__} with problem_type={kind!r} and {whole.config.num_labels} label(s) does not choose one class of "
+            'several, and its logits have no softmax: only problem_type="single_label_classification" can be distilled here.'
+        )
