@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from hf_logits.trainers.entanglement_callback import EntanglementCallback
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
     from hf_logits.trainers.logit_distillation import LogitDistillationConfig, LogitDistillationTrainer, kd_loss
+    from hf_logits.trainers.multi_level_ranking import (
+        MultiLevelRankingCollator,
+        MultiLevelRankingConfig,
+        MultiLevelRankingTrainer,
+        mlr_loss,
+    )
     from hf_logits.trainers.multi_objective_gate import (
         MultiObjectiveGateConfig,
         MultiObjectiveGateTrainer,
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
         embed_ratings,
     )
     from hf_logits.trainers.multi_objective_reward import MultiObjectiveRewardConfig, MultiObjectiveRewardModel
-    from hf_logits.trainers.nkd import nkd_loss
+    from hf_logits.trainers.nkd import NKDConfig, NKDTrainer, nkd_loss
     from hf_logits.trainers.on_policy import build_pairs, mix_datasets, without_negative_gradient
     from hf_logits.trainers.reward_transform import (
         ConjunctionReward,
@@ -32,7 +38,12 @@ if TYPE_CHECKING:
         reward_model_as_function,
     )
     from hf_logits.trainers.rpo import RPOConfig, RPOTrainer, rpo_loss
-    from hf_logits.trainers.sinkhorn_distillation import sinkhorn_distance, sinkhorn_kd_loss
+    from hf_logits.trainers.sinkhorn_distillation import (
+        SinkhornDistillationConfig,
+        SinkhornDistillationTrainer,
+        sinkhorn_distance,
+        sinkhorn_kd_loss,
+    )
     from hf_logits.trainers.uskd import uskd_loss
 
 
@@ -49,12 +60,19 @@ __all__ = [
     "LogSigmoidCenteredReward",
     "LogitDistillationConfig",
     "LogitDistillationTrainer",
+    "MultiLevelRankingCollator",
+    "MultiLevelRankingConfig",
+    "MultiLevelRankingTrainer",
     "MultiObjectiveGateConfig",
     "MultiObjectiveGateTrainer",
     "MultiObjectiveRewardConfig",
     "MultiObjectiveRewardModel",
+    "NKDConfig",
+    "NKDTrainer",
     "RPOConfig",
     "RPOTrainer",
+    "SinkhornDistillationConfig",
+    "SinkhornDistillationTrainer",
     "add_reference_rewards",
     "bco_loss",
     "binary_kl_norm_loss",
@@ -68,6 +86,7 @@ __all__ = [
     "kd_loss",
     "log_sigmoid_centered",
     "mix_datasets",
+    "mlr_loss",
     "nkd_loss",
     "project_gradient",
     "reward_model_as_function",
@@ -91,12 +110,19 @@ _HOMES = {
     "LogSigmoidCenteredReward": "reward_transform",
     "LogitDistillationConfig": "logit_distillation",
     "LogitDistillationTrainer": "logit_distillation",
+    "MultiLevelRankingCollator": "multi_level_ranking",
+    "MultiLevelRankingConfig": "multi_level_ranking",
+    "MultiLevelRankingTrainer": "multi_level_ranking",
     "MultiObjectiveGateConfig": "multi_objective_gate",
     "MultiObjectiveGateTrainer": "multi_objective_gate",
     "MultiObjectiveRewardConfig": "multi_objective_reward",
     "MultiObjectiveRewardModel": "multi_objective_reward",
+    "NKDConfig": "nkd",
+    "NKDTrainer": "nkd",
     "RPOConfig": "rpo",
     "RPOTrainer": "rpo",
+    "SinkhornDistillationConfig": "sinkhorn_distillation",
+    "SinkhornDistillationTrainer": "sinkhorn_distillation",
     "add_reference_rewards": "reward_transform",
     "bco_loss": "bco",
     "binary_kl_norm_loss": "dual_head_distillation",
@@ -110,6 +136,7 @@ _HOMES = {
     "kd_loss": "logit_distillation",
     "log_sigmoid_centered": "reward_transform",
     "mix_datasets": "on_policy",
+    "mlr_loss": "multi_level_ranking",
     "nkd_loss": "nkd",
     "project_gradient": "dual_head_distillation",
     "reward_model_as_function": "reward_transform",

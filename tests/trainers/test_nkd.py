@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
-from hf_logits.trainers.nkd import nkd_loss, nkd_non_target, nkd_target
+import distilling
+from hf_logits.tasks import valid_rows
+from hf_logits.trainers.logit_distillation import LogitDistillationConfig, LogitDistillationTrainer
+from hf_logits.trainers.nkd import NKDConfig, NKDTrainer, nkd_loss, nkd_non_target, nkd_target
+from preferences import arguments, equal, weights
 from two_rows import gradient, has_right_gradient, labels, random, student, teacher
 
 
@@ -140,3 +144,47 @@ def test_bad_input_is_refused(change, match):
     given = {"student_logits": student(), "teacher_logits": teacher(), "labels": labels(), "gamma": 1.0}
     with pytest.raises(ValueError, match=match):
         nkd_loss.__wrapped__(**given | {"temperature": 1.0} | change)
+
+
+# --- the trainer ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sequence_classification", "causal_lm", "seq2seq"])
+def test_the_loss_is_cross_entropy_and_the_formula(kind, tmp_path):
+    settings = {"gamma": 0.7, "temperature": 2.0, "learning_rate": 0.0, "max_steps": 1}
+    trainer = distilling.make(NKDTrainer, NKDConfig, tmp_path, kind=kind, per_device_train_batch_size=8, **settings)
+    (batch,) = list(trainer.get_train_dataloader())
+    inputs, wanted = trainer._split(dict(batch))
+    with torch.no_grad():
+        (s, y), (t, _) = (
+            valid_rows(model(**inputs).logits, wanted) for model in (trainer.model.eval(), trainer.teacher)
+        )
+    expected = torch.nn.functional.cross_entropy(s, y) + nkd_loss(s, t, y, gamma=0.7, temperature=2.0)
+    found = trainer.compute_loss(trainer.model, dict(batch))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    dense = distilling.make(
+        NKDTrainer, NKDConfig, tmp_path, kind=kind, per_device_train_batch_size=8, fused_head=False, **settings
+    )
+    assert dense.compute_loss(dense.model.eval(), dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sequence_classification", "causal_lm"])
+def test_a_weight_of_zero_is_the_cross_entropy_bit_for_bit(kind, tmp_path):
+    found = []
+    for trainer, config, settings in (
+        (NKDTrainer, NKDConfig, {"nkd_weight": 0.0}),
+        (LogitDistillationTrainer, LogitDistillationConfig, {"kd_weight": 0.0, "ce_weight": 1.0}),
+    ):
+        made = distilling.make(trainer, config, tmp_path, kind=kind, **settings)
+        made.train()
+        found.append(weights(made))
+    assert equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [({"temperature": 0.0}, "temperature"), ({"gamma": -1.0}, "gamma"), ({"nkd_weight": -1.0}, "nkd_weight")],
+)
+def test_bad_settings_are_refused(settings, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        arguments(NKDConfig, tmp_path, **settings)

@@ -6,12 +6,19 @@ import math
 import pytest
 import torch
 
+import distilling
+from hf_logits.tasks import valid_rows
+from hf_logits.trainers.logit_distillation import LogitDistillationConfig, LogitDistillationTrainer
 from hf_logits.trainers.sinkhorn_distillation import (
+    SinkhornDistillationConfig,
+    SinkhornDistillationTrainer,
     probability_distance,
+    shortlist,
     sinkhorn_distance,
     sinkhorn_kd_loss,
     unrolled_sinkhorn,
 )
+from preferences import arguments, equal, logged, weights
 from two_rows import gradient, has_right_gradient, random, student, teacher
 
 
@@ -238,3 +245,93 @@ def test_bad_losses_are_refused(change, match):
     given = {"student_logits": student(), "teacher_logits": teacher(), "temperature": 2.0, "epsilon": 0.1}
     with pytest.raises(ValueError, match=match):
         sinkhorn_kd_loss.__wrapped__(**given | {"iterations": 5} | change)
+
+
+# --- the trainer ---------------------------------------------------------------------------------------------------------
+
+
+def batch_of(trainer):
+    (batch,) = list(trainer.get_train_dataloader())
+    inputs, wanted = trainer._split(dict(batch))
+    with torch.no_grad():
+        (s, y), (t, _) = (
+            valid_rows(model(**inputs).logits, wanted) for model in (trainer.model.eval(), trainer.teacher)
+        )
+    return batch, s, t, y
+
+
+def make(folder, kind="sequence_classification", **settings):
+    settings = {"per_device_train_batch_size": 8, "fused_head": False} | settings
+    return distilling.make(SinkhornDistillationTrainer, SinkhornDistillationConfig, folder, kind=kind, **settings)
+
+
+@pytest.mark.parametrize("kind", ["sequence_classification", "image_classification", "token_classification"])
+def test_the_loss_is_that_of_the_formula(kind, tmp_path):
+    trainer = make(tmp_path, kind, kd_temperature=3.0)
+    batch, s, t, y = batch_of(trainer)
+    distance = sinkhorn_kd_loss(s, t, temperature=2.0, epsilon=0.1, iterations=20)
+    soft = -((t / 3).softmax(-1) * (s / 3).log_softmax(-1)).sum(-1).mean()
+    expected = 0.1 * torch.nn.functional.cross_entropy(s, y) + 0.9 * soft + 0.8 * distance
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
+    official = make(tmp_path, kind, kd_weight=0.0, ce_weight=0.0, sinkhorn_weight=1.0, official_scale=True)
+    expected = distance * len(y) * 1e-3
+    assert official.compute_loss(official.model.eval(), dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "seq2seq"])
+def test_language_models_compare_the_teachers_best_tokens(kind, tmp_path):
+    only = {"kd_weight": 0.0, "ce_weight": 0.0, "sinkhorn_weight": 1.0}
+    whole = make(tmp_path, kind, top_k=64, **only)
+    batch, s, t, _ = batch_of(whole)
+    expected = sinkhorn_kd_loss(s, t, temperature=2.0, epsilon=0.1, iterations=20)
+    assert whole.compute_loss(whole.model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-4)
+    few = make(tmp_path, kind, top_k=1, max_tokens=5, **only)
+    found = few.compute_loss(few.model.eval(), dict(batch))
+    assert torch.equal(found, few.compute_loss(few.model, dict(batch)))  # the same tokens in the same step
+    few.state.global_step = 1
+    assert not torch.equal(found, few.compute_loss(few.model, dict(batch)))
+
+
+def test_lumping_tokens_shortens_distances():
+    s, t = random(6, 20).softmax(-1), random(6, 20, seed=1).softmax(-1)
+    short = shortlist(s, t, top_k=2)
+    assert (probability_distance(*short) <= probability_distance(s, t) + 1e-12).all()
+    assert short[0].shape == short[1].shape and short[0].size(-1) <= 13
+    torch.testing.assert_close(short[0].sum(-1), torch.ones_like(s[:, 0]))
+    torch.testing.assert_close(probability_distance(*shortlist(s, t, top_k=20)), probability_distance(s, t))
+
+
+@pytest.mark.parametrize("kind", ["sequence_classification", "causal_lm"])
+def test_a_weight_of_zero_leaves_the_cross_entropies_bit_for_bit(kind, tmp_path):
+    found = []
+    for trainer, config, settings in (
+        (SinkhornDistillationTrainer, SinkhornDistillationConfig, {"sinkhorn_weight": 0.0, "kd_weight": 0.0, "ce_weight": 1.0}),
+        (LogitDistillationTrainer, LogitDistillationConfig, {"kd_weight": 0.0, "ce_weight": 1.0}),
+    ):  # fmt: skip
+        made = distilling.make(trainer, config, tmp_path, kind=kind, fused_head=False, **settings)
+        made.train()
+        found.append(weights(made))
+    assert equal(*found)
+
+
+def test_it_learns(tmp_path):
+    trainer = make(tmp_path, max_steps=20, learning_rate=3e-3)
+    trainer.train()
+    distances = logged(trainer, "distillation/sinkhorn")
+    assert distances[-1] < distances[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"temperature": 0.0}, "temperature"),
+        ({"kd_temperature": -1.0}, "kd_temperature"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"iterations": 0}, "iterations"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"sinkhorn_weight": -1.0}, "sinkhorn_weight"),
+    ],
+)
+def test_bad_settings_are_refused(settings, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        arguments(SinkhornDistillationConfig, tmp_path, **settings)
