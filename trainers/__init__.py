@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_logits.trainers.bco import BCOConfig, BCOTrainer, bco_loss
     from hf_logits.trainers.ches import CHESCallback, ches_from_hidden, ches_scores, filter_by_ches
-    from hf_logits.trainers.dual_head_distillation import binary_kl_norm_loss, project_gradient
+    from hf_logits.trainers.dual_head_distillation import (
+        DualHeadDistillationConfig,
+        DualHeadDistillationTrainer,
+        binary_kl_norm_loss,
+        project_gradient,
+    )
     from hf_logits.trainers.entanglement import EntanglementConfig, EntanglementTrainer
     from hf_logits.trainers.entanglement_callback import EntanglementCallback
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
@@ -44,7 +49,7 @@ if TYPE_CHECKING:
         sinkhorn_distance,
         sinkhorn_kd_loss,
     )
-    from hf_logits.trainers.uskd import uskd_loss
+    from hf_logits.trainers.uskd import USKDConfig, USKDTrainer, uskd_loss
 
 
 __all__ = [
@@ -52,6 +57,8 @@ __all__ = [
     "BCOTrainer",
     "CHESCallback",
     "ConjunctionReward",
+    "DualHeadDistillationConfig",
+    "DualHeadDistillationTrainer",
     "EntanglementCallback",
     "EntanglementConfig",
     "EntanglementTrainer",
@@ -73,6 +80,8 @@ __all__ = [
     "RPOTrainer",
     "SinkhornDistillationConfig",
     "SinkhornDistillationTrainer",
+    "USKDConfig",
+    "USKDTrainer",
     "add_reference_rewards",
     "bco_loss",
     "binary_kl_norm_loss",
@@ -102,6 +111,8 @@ _HOMES = {
     "BCOTrainer": "bco",
     "CHESCallback": "ches",
     "ConjunctionReward": "reward_transform",
+    "DualHeadDistillationConfig": "dual_head_distillation",
+    "DualHeadDistillationTrainer": "dual_head_distillation",
     "EntanglementCallback": "entanglement_callback",
     "EntanglementConfig": "entanglement",
     "EntanglementTrainer": "entanglement",
@@ -123,6 +134,8 @@ _HOMES = {
     "RPOTrainer": "rpo",
     "SinkhornDistillationConfig": "sinkhorn_distillation",
     "SinkhornDistillationTrainer": "sinkhorn_distillation",
+    "USKDConfig": "uskd",
+    "USKDTrainer": "uskd",
     "add_reference_rewards": "reward_transform",
     "bco_loss": "bco",
     "binary_kl_norm_loss": "dual_head_distillation",

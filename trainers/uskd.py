@@ -1,13 +1,21 @@
 """USKD: soft labels without a teacher, from the student's own logits and from weak ones of an intermediate feature."""
 
+import contextlib
 import math
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Num
-from torch import Tensor
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from hf_logits.checks import check_choice, check_count, check_number
 from hf_logits.class_logits import check_logits, expected, label_mask, log_softmax_without, widen
+from hf_logits.distillation import DistillationConfig
+from hf_logits.extra_head import ExtraHeadMixin
+from hf_logits.fused_head import Head
+from hf_logits.tasks import LANGUAGE, bare, valid_rows
 
 
 RANKINGS = ("paper", "official")
@@ -150,3 +158,161 @@ def uskd_loss(
     check_logits(student_logits, weak_logits, "weak", labels=labels, classes=2)
     terms = uskd_terms(widen(student_logits), widen(weak_logits), labels, ranking=ranking, zipf=zipf, limit=limit)
     return (alpha * terms["target"] + beta * terms["non_target"] + mu * terms["weak"]).mean()
+
+
+def pool(hidden: Float[Tensor, "B ..."], mask: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B D"]:
+    """One vector for each example: the mean over the pixels of a map `[B, D, H, W]`, or over the tokens of `[B, L, D]`."""
+    if hidden.dim() == 4:
+        return hidden.mean((-2, -1))
+    if mask is None or mask.shape != hidden.shape[:2]:
+        return hidden.mean(1)
+    return hidden.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+@dataclass
+class USKDConfig(DistillationConfig):
+    """What [`USKDTrainer`] needs beside the settings of all distillation trainers.
+
+    Args:
+        alpha (`float`, *optional*, defaults to `1.0`): weight of the label's part. The authors take 0.1 for CIFAR-100.
+        beta (`float`, *optional*, defaults to `0.1`): weight of the other classes' part.
+        mu (`float`, *optional*, defaults to `0.005`): weight of the weak logits' part. The authors take 0.1 for CIFAR-100.
+        ce_weight (`float`, *optional*, defaults to `1.0`): weight of the labels' cross-entropy, the task's own loss.
+        ranking (`str`, *optional*, defaults to `"paper"`): `"paper"` or `"official"`, see [`uskd_loss`].
+        zipf (`str`, *optional*, defaults to `"official"`): `"official"` or `"compact"`, see [`uskd_loss`].
+        rank_limit (`int`, *optional*): the classes that are ranked. `None`: all, and 256 of a language model's tokens [ours].
+        weak_layer (`int`, *optional*):
+            Of the model's hidden states, which weak logits are made of. `None`: the last but one of a model whose stages differ in
+            width, as the authors take for convolutional models, else the middle one [ours].
+    """
+
+    alpha: float = field(default=1.0, metadata={"help": "Weight of the label's part."})
+    beta: float = field(default=0.1, metadata={"help": "Weight of the other classes' part."})
+    mu: float = field(default=0.005, metadata={"help": "Weight of the weak logits' part."})
+    ce_weight: float = field(default=1.0, metadata={"help": "Weight of the labels' cross-entropy."})
+    ranking: str = field(default="paper", metadata={"help": "By what classes are ranked.", "choices": list(RANKINGS)})
+    zipf: str = field(default="official", metadata={"help": "Whether the label has a rank.", "choices": list(ZIPFS)})
+    rank_limit: int | None = field(default=None, metadata={"help": "The classes that are ranked."})
+    weak_layer: int | None = field(default=None, metadata={"help": "Which hidden state weak logits are made of."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha", "beta", "mu", "ce_weight"):
+            check_number(name, getattr(self, name), minimum=0.0)
+        check_choice("ranking", self.ranking, *RANKINGS)
+        check_choice("zipf", self.zipf, *ZIPFS)
+        if self.rank_limit is not None:
+            check_count("rank_limit", self.rank_limit, minimum=1)
+
+
+class USKDTrainer(ExtraHeadMixin):
+    """Cross-entropy + USKD, without a teacher, from [From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach
+    with Normalized Loss and Customized Soft Labels](https://huggingface.co/papers/2303.13005).
+
+    Weak logits come from a linear head on an intermediate feature, which is trained with the student and is in its resume
+    checkpoints, and not in what is saved of it. A language model reads its own head from a middle layer instead, without the last
+    norm [ours].
+
+    Beside the released code: classes are ranked by probabilities (`ranking="official"`: by the student's log-probabilities), and
+    there is one sort. Which feature a vision transformer's weak logits come from there is not certain; here it is the mean over the
+    tokens. The label's part compares a row with its micro-batch and process, so it changes with their size; a batch of one has a
+    target of 1.
+
+    Logged under `distillation/`: `cross_entropy`, `target`, `non_target`, `weak`, and the common meters. Arguments as in
+    [`~hf_logits.distillation.DistillationTrainer`], without a teacher.
+    """
+
+    args: USKDConfig
+    rowwise = False
+    needs_teacher = False
+    _config = USKDConfig
+    _name = "USKD"
+    _tag_names = ["hf_logits", "uskd"]
+    _paper = {
+        "title": "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and Customized "
+        "Soft Labels",
+        "id": "2303.13005",
+        # docstyle-ignore
+        "citation": """\
+@inproceedings{yang2023knowledge,
+    title     = {{From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels}},
+    author    = {Zhendong Yang and Ailing Zeng and Zhe Li and Tianke Zhang and Chun Yuan and Yu Li},
+    year      = 2023,
+    booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision}
+}""",
+    }
+
+    def __init__(self, model: Any, teacher: Any = None, args: Any = None, **rest: Any):
+        super().__init__(model, teacher, args, **rest)
+        if not self._active:
+            return
+        if self.task in LANGUAGE:
+            self._lens = Head(self._unwrapped)
+            return
+        config: Any = bare(model).config
+        widths = config.to_dict().get("hidden_sizes") or [config.hidden_size]
+        layer = self._layer(len(widths) + 1) if len(widths) > 1 else -1
+        # the first hidden state is the embeddings', as wide as the first stage
+        width = widths[max(layer - 1, 0)] if layer >= 0 else widths[layer]
+        self.attach(lambda: nn.Linear(width, config.num_labels))
+
+    @property
+    def _active(self) -> bool:
+        return bool(self.args.alpha or self.args.beta or self.args.mu)
+
+    def _layer(self, states: int) -> int:
+        layer = self.args.weak_layer
+        if layer is None:
+            config: Any = bare(self._unwrapped).config
+            layer = -2 if "hidden_sizes" in config.to_dict() else (states - 1) // 2
+        if not -states <= layer < states:
+            raise ValueError(f"weak_layer={layer}, but there are {states} hidden states.")
+        return layer
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self._active:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        _, wanted = self._split(inputs)
+        seen: list[Tensor] = []
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            states = output["decoder_hidden_states" if self.task == "seq2seq" else "hidden_states"]
+            hidden = states[self._layer(len(states))]
+            if wanted.dim() == 1:
+                mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+                hidden = pool(hidden, mask)
+            seen.append(valid_rows(hidden, wanted)[0])
+
+        handle = self._unwrapped.register_forward_hook(keep)
+        self._seen = seen
+        asked = {**inputs, "output_hidden_states": True}
+        try:
+            with self._lens.watched() if self._extra is None else contextlib.nullcontext():
+                return super().compute_loss(model, asked, return_outputs, num_items_in_batch)
+        finally:
+            handle.remove()
+            self._seen = []
+
+    def terms(
+        self, student: Float[Tensor, "N C"], teacher: Float[Tensor, "N C"] | None, labels: Int[Tensor, " N"]
+    ) -> dict[str, Float[Tensor, " N"]]:
+        found = {"cross_entropy": cross_entropy(student, labels, reduction="none")}
+        if not self._active:
+            return found
+        hidden = self._seen[0]
+        if self._extra is None:
+            weak = self._lens(hidden.to(self._unwrapped.dtype))
+        else:
+            weak = self._extra(hidden.to(next(self._extra.parameters()).dtype))
+        limit = 256 if self.args.rank_limit is None and self.task in LANGUAGE else self.args.rank_limit
+        return found | uskd_terms(
+            student, widen(weak), labels, ranking=self.args.ranking, zipf=self.args.zipf, limit=limit
+        )
+
+    def term_weights(self) -> dict[str, float]:
+        weights = {"cross_entropy": self.args.ce_weight}
+        if not self._active:
+            return weights
+        return weights | {"target": self.args.alpha, "non_target": self.args.beta, "weak": self.args.mu}

@@ -4,9 +4,23 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import ResNetConfig, ResNetForImageClassification
 
+import distilling
 from hf_logits.class_logits import label_mask
-from hf_logits.trainers.uskd import rank_scores, soft_targets, uskd_loss, uskd_terms, zipf_weights
+from hf_logits.tasks import valid_rows
+from hf_logits.trainers.logit_distillation import LogitDistillationConfig, LogitDistillationTrainer
+from hf_logits.trainers.uskd import (
+    USKDConfig,
+    USKDTrainer,
+    rank_scores,
+    soft_targets,
+    uskd_loss,
+    uskd_terms,
+    zipf_weights,
+)
+from preferences import arguments, equal, logged, weights
 from two_rows import gradient, has_right_gradient, labels, random, student, teacher
 
 
@@ -207,3 +221,113 @@ def test_bad_input_is_refused(change, match):
     given = {"student_logits": student(), "weak_logits": weak(), "labels": labels(), "alpha": 1.0, "beta": 0.1}
     with pytest.raises(ValueError, match=match):
         uskd_loss.__wrapped__(**given | {"mu": 0.1} | change)
+
+
+# --- the trainer ---------------------------------------------------------------------------------------------------------
+
+
+def make(folder, kind="sequence_classification", **settings):
+    settings = {"per_device_train_batch_size": 8, "fused_head": False} | settings
+    return distilling.make(USKDTrainer, USKDConfig, folder, kind=kind, **settings)
+
+
+@pytest.mark.parametrize("kind", ["sequence_classification", "token_classification", "image_classification"])
+def test_the_loss_is_cross_entropy_and_the_formula(kind, tmp_path):
+    trainer = make(tmp_path, kind, mu=0.1, ranking="official", zipf="compact")
+    (batch,) = list(trainer.get_train_dataloader())
+    inputs, wanted = trainer._split(dict(batch))
+    outputs = trainer.model.eval()(**inputs, output_hidden_states=True)
+    hidden = outputs.hidden_states[1]
+    if kind == "sequence_classification":
+        mask = inputs["attention_mask"][..., None]
+        hidden = (hidden * mask).sum(1) / mask.sum(1)
+    elif kind == "image_classification":
+        hidden = hidden.mean(1)
+    w, y = valid_rows(trainer.model.distillation_head(hidden), wanted)
+    s, _ = valid_rows(outputs.logits, wanted)
+    settings = {"alpha": 1.0, "beta": 0.1, "mu": 0.1, "ranking": "official", "zipf": "compact"}
+    expected = torch.nn.functional.cross_entropy(s, y) + uskd_loss(s, w, y, **settings)
+    found = trainer.compute_loss(trainer.model, dict(batch))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "seq2seq", "bart"])
+def test_language_models_read_their_own_head_from_a_middle_layer(kind, tmp_path):
+    trainer = make(tmp_path, kind, rank_limit=5)
+    (batch,) = list(trainer.get_train_dataloader())
+    inputs, wanted = trainer._split(dict(batch))
+    outputs = trainer.model.eval()(**inputs, output_hidden_states=True)
+    states = outputs.hidden_states if kind == "causal_lm" else outputs.decoder_hidden_states
+    hidden = states[(len(states) - 1) // 2]
+    if kind == "causal_lm":
+        weak = trainer.model.lm_head(hidden)
+    elif kind == "seq2seq":
+        weak = trainer.model.lm_head(hidden * 32**-0.5 if trainer.model.config.scale_decoder_outputs else hidden)
+    else:
+        weak = trainer.model.lm_head(hidden) + trainer.model.final_logits_bias
+    (s, y), (w, _) = (valid_rows(logits, wanted) for logits in (outputs.logits, weak))
+    expected = torch.nn.functional.cross_entropy(s, y) + uskd_loss(s, w, y, alpha=1.0, beta=0.1, mu=0.005, limit=5)
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sequence_classification", "causal_lm"])
+def test_weights_of_zero_are_the_cross_entropy_bit_for_bit(kind, tmp_path):
+    ours = make(tmp_path, kind, alpha=0.0, beta=0.0, mu=0.0)
+    ours.train()
+    stock = distilling.make(
+        LogitDistillationTrainer, LogitDistillationConfig, tmp_path, kind=kind, kd_weight=0.0, ce_weight=1.0,
+        fused_head=False, per_device_train_batch_size=8,
+    )  # fmt: skip
+    stock.train()
+    assert equal(weights(ours), weights(stock))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_head_is_trained_resumed_and_not_saved(lora, tmp_path):
+    settings = {"mu": 1.0, "save_strategy": "steps", "save_steps": 2, "lora": lora}
+    unbroken = make(tmp_path / "a", max_steps=4, **settings)
+    start = unbroken._extra.weight.detach().clone()
+    unbroken.train()
+    assert not torch.equal(unbroken._extra.weight, start)
+    broken = make(tmp_path / "b", max_steps=2, **settings)
+    assert torch.equal(broken._extra.weight, start)
+    broken.train()
+    resumed = make(tmp_path / "b", max_steps=4, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(weights(unbroken), weights(resumed))
+    assert any("distillation_head" in name for name in weights(resumed))
+    resumed.save_model(str(tmp_path / "saved"))
+    (saved,) = (tmp_path / "saved").glob("*.safetensors")
+    assert not any("distillation_head" in name for name in load_file(saved))
+    assert resumed._extra is not None and logged(resumed, "distillation/weak")
+
+
+def test_a_convolutional_model_has_its_last_stage_but_one(tmp_path):
+    config = ResNetConfig(
+        num_channels=3, embedding_size=8, hidden_sizes=[8, 12, 16], depths=[1, 1, 1], layer_type="basic", num_labels=4
+    )
+    trainer = make(tmp_path, "image_classification", model=ResNetForImageClassification(config))
+    assert trainer._extra.in_features == 12
+    trainer.train()
+    assert logged(trainer, "distillation/weak")[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"alpha": -1.0}, "alpha"),
+        ({"ranking": "rank"}, "official"),
+        ({"zipf": "z"}, "compact"),
+        ({"rank_limit": 0}, "rank_limit"),
+    ],
+)
+def test_bad_settings_are_refused(settings, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        arguments(USKDConfig, tmp_path, **settings)
+
+
+def test_a_teacher_and_a_layer_that_is_not_there_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="without a teacher"):
+        make(tmp_path, teacher=distilling.sequence_classification(1))
+    with pytest.raises(ValueError, match="3 hidden states"):
+        make(tmp_path, weak_layer=9).train()
