@@ -97,6 +97,11 @@ class DistillationTrainer(ResumableMixin, Trainer):
     _tag_names: list[str] = ["hf_logits", "distillation"]
     _paper: dict[str, str] = {}
     _state_file = "teacher.safetensors"
+    _fused: bool
+    _heads_tried: bool
+    _student_head: Head
+    _teacher_head: Head | None
+    _head_adapted: bool
 
     def __init__(
         self,

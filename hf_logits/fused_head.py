@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from hf_logits.hidden import backbone
+from hf_logits.tasks import bare
 
 
 Loss = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -39,7 +40,7 @@ class Head:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel):
-        self._whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._whole: Any = bare(model)
         self._body: Any = backbone(model)
         self._output: Any = BaseModelOutput
         accepted = inspect.signature(type(self._whole).forward).parameters
@@ -52,13 +53,14 @@ class Head:
         seen: list[Tensor] = []
 
         def keep(body: Any, args: Any, output: Any) -> Any:
-            if not isinstance(output, ModelOutput) or "last_hidden_state" not in output:
+            named: Any = isinstance(output, ModelOutput) and "last_hidden_state" in output
+            if not named:
                 raise ValueError(
                     f"{type(body).__name__} does not return its last_hidden_state by name: set fused_head=False."
                 )
             seen.append(output.last_hidden_state)
             self._output = type(output)
-            return replace(output, last_hidden_state=output.last_hidden_state[:, :1])  # type: ignore[type-var]
+            return replace(output, last_hidden_state=output.last_hidden_state[:, :1])
 
         handle = self._body.register_forward_hook(keep)
         try:
@@ -83,7 +85,7 @@ class Head:
     def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         given: dict[str, Any] = {}
         if self._reads_encoder:
-            given["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden[None])  # type: ignore[arg-type]
+            given["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden[None])
         output = self._output(last_hidden_state=hidden[None])
         with _replaced_forward(self._body, lambda *args, **kwargs: output):
             logits: Tensor = self._whole.forward(**given, **self._without_cache).logits

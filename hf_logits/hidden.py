@@ -14,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 def backbone(model: PreTrainedModel | PeftModel) -> nn.Module:
     """The model in front of its LM head, of T5 and its kin the decoder. Adapters of a [`~peft.PeftModel`] stay active."""
-    whole = model.get_base_model() if isinstance(model, PeftModel) else model
-    body: nn.Module = whole.base_model  # type: ignore[assignment]
+    whole: Any = model
+    if isinstance(model, PeftModel):
+        whole = model.get_base_model()
+    body: nn.Module = whole.base_model
     if body is whole and whole.config.is_encoder_decoder:
         body = whole.get_decoder()
     if body is whole:

@@ -34,10 +34,10 @@ def compare(
 ) -> dict[str, Float[Tensor, ""]]:
     """What is worth knowing about two models' logits, summed over the rows: cross-entropies, entropy, and agreement."""
     log_probs = student.log_softmax(-1)
-    found = {
-        "cross_entropy": -log_probs.gather(-1, labels[:, None]).sum(),
-        "student_entropy": torch.special.entr(log_probs.exp()).sum(),
-    }
+    found = {"cross_entropy": -log_probs.gather(-1, labels[:, None]).sum()}
+    probs = log_probs.exp()
+    # H = -sum p log p, and 0 log 0 = 0
+    found["student_entropy"] = -torch.linalg.vecdot(probs, log_probs.clamp_(min=torch.finfo(probs.dtype).min)).sum()
     if teacher is not None:
         picked = teacher.gather(-1, labels[:, None])[:, 0]
         found["teacher_cross_entropy"] = (teacher.logsumexp(-1) - picked).sum()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 
@@ -47,6 +47,13 @@ def shortened(large: PreTrainedModel, layers: int) -> PreTrainedModel:
     small.load_state_dict(large.state_dict(), strict=False)
     small.generation_config = deepcopy(large.generation_config)
     return small
+
+
+def llama(vocabulary: int, width: int, layers: int, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape, **heads))
 
 
 def prompts(rows: int, *, length: int = PROMPT, seed: int = 0) -> Tensor:
@@ -107,6 +114,23 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     columns = [*head, "ratio", "spread", "target", ""]
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def peak_memory(step: Callable[[], None]) -> float:
+    """MiB that a step allocates at its peak beyond what was there before."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
 
 
 class Clock:

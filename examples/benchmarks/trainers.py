@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from common import llama, peak_memory
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from hf_logits.trainers import FDPOConfig, FDPOTrainer, RPOConfig, RPOTrainer
@@ -68,13 +69,6 @@ def preferences(rows: int, vocabulary: int, length: int) -> Dataset:
     return Dataset.from_list([{"prompt": text() + " ", "chosen": text(), "rejected": text()} for _ in range(rows)])
 
 
-def llama(vocabulary: int, width: int, layers: int, seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape, **heads))
-
-
 def build(kind: tuple[type, type, dict[str, Any]], size: dict[str, int], folder: str) -> Any:
     trainer, config, settings = kind
     vocabulary = size["vocabulary"]
@@ -115,23 +109,6 @@ def stepper(trainer: Any) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return step
-
-
-def peak_memory(step: Callable[[], None]) -> float:
-    """MiB that a step allocates at its peak beyond what was there before."""
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak / 2**20
 
 
 def compare(row: Row, size: dict[str, int], rounds: int) -> str:
