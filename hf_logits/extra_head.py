@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_logits.distillation import DistillationTrainer
+from hf_logits.fused_head import inside
 from hf_logits.tasks import bare
 
 
@@ -32,6 +33,15 @@ class ExtraHeadMixin(DistillationTrainer):
         whole = bare(self._unwrapped)
         self._extra.to(whole.device)
         whole.add_module(NAME, self._extra)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        student, loss = self._unwrapped, super().compute_loss
+        if self._extra is None or model is student:
+            return loss(model, inputs, return_outputs, num_items_in_batch)
+        # DDP looks for unused weights behind its forward, and the head would be one of them.
+        return inside(model, student, loss, student, inputs, return_outputs, num_items_in_batch)
 
     @contextlib.contextmanager
     def _without_extra(self) -> Iterator[None]:

@@ -278,6 +278,8 @@ class USKDTrainer(ExtraHeadMixin):
         seen: list[Tensor] = []
 
         def keep(module: Any, args: Any, output: Any) -> None:
+            if seen:  # under DDP, the loss comes through here behind the model's own output
+                return
             states = output["decoder_hidden_states" if self.task == "seq2seq" else "hidden_states"]
             hidden = states[self._layer(len(states))]
             if wanted.dim() == 1:
