@@ -198,7 +198,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
     # --- the loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs, wanted, stored = self._split(inputs)
         if self._fused and not return_outputs and self._heads_stand_alone(inputs):
@@ -346,7 +346,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
         shares = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         return total * shares / torch.as_tensor(items, device=total.device).clamp(min=1)
 
-    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Int[Tensor, "B ..."], tuple[Tensor, ...]]:
+    def _split(self, inputs: Any) -> tuple[dict[str, Any], Int[Tensor, "B ..."], tuple[Tensor, ...]]:
         """What both models read, what they are to predict, and what is stored of the teacher, for rows that predict something."""
         inputs = dict(inputs)
         stored = tuple(inputs.pop(name) for name in (IDS, LOG_PROBS) if name in inputs)
@@ -410,7 +410,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
     # --- evaluation, logging, checkpoints, card ----------------------------------------------------------------------
 
     def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Any, Any]:
         if not prediction_loss_only or inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

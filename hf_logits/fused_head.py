@@ -68,6 +68,15 @@ class Head:
         finally:
             handle.remove()
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Learn from the forward in the block what its backbone returns, and change nothing."""
+        handle = self._body.register_forward_hook(lambda body, args, output: setattr(self, "_output", type(output)))
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def has_adapter(self) -> bool:
         """Whether PEFT has a layer of its own behind the backbone."""
         behind = set(self._whole.modules()) - set(self._body.modules())

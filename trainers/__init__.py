@@ -10,10 +10,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_logits.trainers.bco import BCOConfig, BCOTrainer, bco_loss
     from hf_logits.trainers.ches import CHESCallback, ches_from_hidden, ches_scores, filter_by_ches
+    from hf_logits.trainers.dual_head_distillation import (
+        DualHeadDistillationConfig,
+        DualHeadDistillationTrainer,
+        binary_kl_norm_loss,
+        project_gradient,
+    )
     from hf_logits.trainers.entanglement import EntanglementConfig, EntanglementTrainer
     from hf_logits.trainers.entanglement_callback import EntanglementCallback
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
     from hf_logits.trainers.logit_distillation import LogitDistillationConfig, LogitDistillationTrainer, kd_loss
+    from hf_logits.trainers.multi_level_ranking import (
+        MultiLevelRankingCollator,
+        MultiLevelRankingConfig,
+        MultiLevelRankingTrainer,
+        mlr_loss,
+    )
     from hf_logits.trainers.multi_objective_gate import (
         MultiObjectiveGateConfig,
         MultiObjectiveGateTrainer,
@@ -21,6 +33,7 @@ if TYPE_CHECKING:
         embed_ratings,
     )
     from hf_logits.trainers.multi_objective_reward import MultiObjectiveRewardConfig, MultiObjectiveRewardModel
+    from hf_logits.trainers.nkd import NKDConfig, NKDTrainer, nkd_loss
     from hf_logits.trainers.on_policy import build_pairs, mix_datasets, without_negative_gradient
     from hf_logits.trainers.reward_transform import (
         ConjunctionReward,
@@ -30,7 +43,14 @@ if TYPE_CHECKING:
         reward_model_as_function,
     )
     from hf_logits.trainers.rpo import RPOConfig, RPOTrainer, rpo_loss
+    from hf_logits.trainers.sinkhorn_distillation import (
+        SinkhornDistillationConfig,
+        SinkhornDistillationTrainer,
+        sinkhorn_distance,
+        sinkhorn_kd_loss,
+    )
     from hf_logits.trainers.teacher_logits import TeacherLogitsCollator, load_teacher_logits, store_teacher_logits
+    from hf_logits.trainers.uskd import USKDConfig, USKDTrainer, uskd_loss
 
 
 __all__ = [
@@ -38,6 +58,8 @@ __all__ = [
     "BCOTrainer",
     "CHESCallback",
     "ConjunctionReward",
+    "DualHeadDistillationConfig",
+    "DualHeadDistillationTrainer",
     "EntanglementCallback",
     "EntanglementConfig",
     "EntanglementTrainer",
@@ -46,15 +68,25 @@ __all__ = [
     "LogSigmoidCenteredReward",
     "LogitDistillationConfig",
     "LogitDistillationTrainer",
+    "MultiLevelRankingCollator",
+    "MultiLevelRankingConfig",
+    "MultiLevelRankingTrainer",
     "MultiObjectiveGateConfig",
     "MultiObjectiveGateTrainer",
     "MultiObjectiveRewardConfig",
     "MultiObjectiveRewardModel",
+    "NKDConfig",
+    "NKDTrainer",
     "RPOConfig",
     "RPOTrainer",
+    "SinkhornDistillationConfig",
+    "SinkhornDistillationTrainer",
     "TeacherLogitsCollator",
+    "USKDConfig",
+    "USKDTrainer",
     "add_reference_rewards",
     "bco_loss",
+    "binary_kl_norm_loss",
     "build_pairs",
     "cache_embeddings",
     "ches_from_hidden",
@@ -66,9 +98,15 @@ __all__ = [
     "load_teacher_logits",
     "log_sigmoid_centered",
     "mix_datasets",
+    "mlr_loss",
+    "nkd_loss",
+    "project_gradient",
     "reward_model_as_function",
     "rpo_loss",
+    "sinkhorn_distance",
+    "sinkhorn_kd_loss",
     "store_teacher_logits",
+    "uskd_loss",
     "without_negative_gradient",
 ]
 
@@ -77,6 +115,8 @@ _HOMES = {
     "BCOTrainer": "bco",
     "CHESCallback": "ches",
     "ConjunctionReward": "reward_transform",
+    "DualHeadDistillationConfig": "dual_head_distillation",
+    "DualHeadDistillationTrainer": "dual_head_distillation",
     "EntanglementCallback": "entanglement_callback",
     "EntanglementConfig": "entanglement",
     "EntanglementTrainer": "entanglement",
@@ -85,15 +125,25 @@ _HOMES = {
     "LogSigmoidCenteredReward": "reward_transform",
     "LogitDistillationConfig": "logit_distillation",
     "LogitDistillationTrainer": "logit_distillation",
+    "MultiLevelRankingCollator": "multi_level_ranking",
+    "MultiLevelRankingConfig": "multi_level_ranking",
+    "MultiLevelRankingTrainer": "multi_level_ranking",
     "MultiObjectiveGateConfig": "multi_objective_gate",
     "MultiObjectiveGateTrainer": "multi_objective_gate",
     "MultiObjectiveRewardConfig": "multi_objective_reward",
     "MultiObjectiveRewardModel": "multi_objective_reward",
+    "NKDConfig": "nkd",
+    "NKDTrainer": "nkd",
     "RPOConfig": "rpo",
     "RPOTrainer": "rpo",
+    "SinkhornDistillationConfig": "sinkhorn_distillation",
+    "SinkhornDistillationTrainer": "sinkhorn_distillation",
     "TeacherLogitsCollator": "teacher_logits",
+    "USKDConfig": "uskd",
+    "USKDTrainer": "uskd",
     "add_reference_rewards": "reward_transform",
     "bco_loss": "bco",
+    "binary_kl_norm_loss": "dual_head_distillation",
     "build_pairs": "on_policy",
     "cache_embeddings": "multi_objective_gate",
     "ches_from_hidden": "ches",
@@ -105,9 +155,15 @@ _HOMES = {
     "load_teacher_logits": "teacher_logits",
     "log_sigmoid_centered": "reward_transform",
     "mix_datasets": "on_policy",
+    "mlr_loss": "multi_level_ranking",
+    "nkd_loss": "nkd",
+    "project_gradient": "dual_head_distillation",
     "reward_model_as_function": "reward_transform",
     "rpo_loss": "rpo",
+    "sinkhorn_distance": "sinkhorn_distillation",
+    "sinkhorn_kd_loss": "sinkhorn_distillation",
     "store_teacher_logits": "teacher_logits",
+    "uskd_loss": "uskd",
     "without_negative_gradient": "on_policy",
 }
 

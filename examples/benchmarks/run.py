@@ -23,6 +23,7 @@ TABLES = {
     "entropy_adaptive": "Entropy-adaptive decoding",
     "fusion_solver": "Solvers of dynamic logit fusion",
     "filters": "Filters of the vocabulary",
+    "sinkhorn": "Sinkhorn distances with their gradient",
     "engine": "The engine",
     "trainers": "Training steps against the stock trainers",
     "distillation": "Distillation without a tensor of tokens times vocabulary",

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from distilling import KINDS, adapted, collator
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 import tiny
+from distilling import KINDS, adapted, collator
 from hf_logits.distillation import DistillationTrainer
 from hf_logits.sparse_teacher import MODES, top_log_probs
 from hf_logits.stored_teacher import IDS, LOG_PROBS, MANIFEST, stored_manifest
