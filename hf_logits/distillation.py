@@ -1,7 +1,7 @@
 """Distillation on [`~transformers.Trainer`]: what every method needs, and no method."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -346,7 +346,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
         shares = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         return total * shares / torch.as_tensor(items, device=total.device).clamp(min=1)
 
-    def _split(self, inputs: Any) -> tuple[dict[str, Any], Int[Tensor, "B ..."], tuple[Tensor, ...]]:
+    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Int[Tensor, "B ..."], tuple[Tensor, ...]]:
         """What both models read, what they are to predict, and what is stored of the teacher, for rows that predict something."""
         inputs = dict(inputs)
         stored = tuple(inputs.pop(name) for name in (IDS, LOG_PROBS) if name in inputs)

@@ -255,7 +255,7 @@ class DualHeadDistillationTrainer(ExtraHeadMixin):
     ) -> Any:
         if self._extra is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        _, self._wanted = self._split(inputs)
+        _, self._wanted, _ = self._split(inputs)
         with self._reading():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 

@@ -274,7 +274,7 @@ class USKDTrainer(ExtraHeadMixin):
     ) -> Any:
         if not self._active:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        _, wanted = self._split(inputs)
+        _, wanted, _ = self._split(inputs)
         seen: list[Tensor] = []
 
         def keep(module: Any, args: Any, output: Any) -> None:

@@ -196,7 +196,7 @@ def features(trainer, inputs, kind):
 def test_the_loss_is_cross_entropy_and_that_of_the_second_head(kind, tmp_path):
     trainer = make(tmp_path, kind, auxiliary_weight=0.3)
     (batch,) = list(trainer.get_train_dataloader())
-    inputs, wanted = trainer._split(dict(batch))
+    inputs, wanted, _ = trainer._split(dict(batch))
     model = trainer.model.eval()
     (s, y), (t, _) = (valid_rows(one(**inputs).logits, wanted) for one in (model, trainer.teacher))
     auxiliary, _ = valid_rows(model.distillation_head(features(trainer, inputs, kind)), wanted)
@@ -278,7 +278,7 @@ def test_the_auxiliary_loss_stops(tmp_path):
 
 def aligned_by_hand(trainer, batch):
     """Both gradients of a step, and what a step down their aligned sum changes."""
-    inputs, wanted = trainer._split(dict(batch))
+    inputs, wanted, _ = trainer._split(dict(batch))
     model = trainer.model.train()
     s, y = valid_rows(model(**inputs).logits, wanted)
     with torch.no_grad():

@@ -154,7 +154,7 @@ def test_the_loss_is_cross_entropy_and_the_formula(kind, tmp_path):
     settings = {"gamma": 0.7, "temperature": 2.0, "learning_rate": 0.0, "max_steps": 1}
     trainer = distilling.make(NKDTrainer, NKDConfig, tmp_path, kind=kind, per_device_train_batch_size=8, **settings)
     (batch,) = list(trainer.get_train_dataloader())
-    inputs, wanted = trainer._split(dict(batch))
+    inputs, wanted, _ = trainer._split(dict(batch))
     with torch.no_grad():
         (s, y), (t, _) = (
             valid_rows(model(**inputs).logits, wanted) for model in (trainer.model.eval(), trainer.teacher)

@@ -252,7 +252,7 @@ def test_bad_losses_are_refused(change, match):
 
 def batch_of(trainer):
     (batch,) = list(trainer.get_train_dataloader())
-    inputs, wanted = trainer._split(dict(batch))
+    inputs, wanted, _ = trainer._split(dict(batch))
     with torch.no_grad():
         (s, y), (t, _) = (
             valid_rows(model(**inputs).logits, wanted) for model in (trainer.model.eval(), trainer.teacher)

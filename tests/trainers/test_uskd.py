@@ -235,7 +235,7 @@ def make(folder, kind="sequence_classification", **settings):
 def test_the_loss_is_cross_entropy_and_the_formula(kind, tmp_path):
     trainer = make(tmp_path, kind, mu=0.1, ranking="official", zipf="compact")
     (batch,) = list(trainer.get_train_dataloader())
-    inputs, wanted = trainer._split(dict(batch))
+    inputs, wanted, _ = trainer._split(dict(batch))
     outputs = trainer.model.eval()(**inputs, output_hidden_states=True)
     hidden = outputs.hidden_states[1]
     if kind == "sequence_classification":
@@ -255,7 +255,7 @@ def test_the_loss_is_cross_entropy_and_the_formula(kind, tmp_path):
 def test_language_models_read_their_own_head_from_a_middle_layer(kind, tmp_path):
     trainer = make(tmp_path, kind, rank_limit=5)
     (batch,) = list(trainer.get_train_dataloader())
-    inputs, wanted = trainer._split(dict(batch))
+    inputs, wanted, _ = trainer._split(dict(batch))
     outputs = trainer.model.eval()(**inputs, output_hidden_states=True)
     states = outputs.hidden_states if kind == "causal_lm" else outputs.decoder_hidden_states
     hidden = states[(len(states) - 1) // 2]
