@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 import torch
-from common import finish, model_path, opinions, parse, rated_sentences
+from common import PROMPTS, finish, model_path, opinions, parse, rated_sentences
 from datasets import Dataset
 from transformers import AutoTokenizer
 
@@ -37,7 +37,7 @@ def ratings(rows: int, seed: int = 0) -> Dataset:
     """Sentences with the three ratings in [0, 1]; every other one was only rated for length."""
     rng = random.Random(seed)
     found = []
-    for text, rating in rng.sample([row for rows in rated_sentences().values() for row in rows], rows):
+    for text, rating in rng.sample([row for rows in rated_sentences(PROMPTS).values() for row in rows], rows):
         known = len(found) % 4 > 0
         found.append(
             {

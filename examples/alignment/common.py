@@ -1,18 +1,8 @@
-"""What the training examples share: their data (sentences that people rated), their model, and one way to run a trainer.
+"""What the training examples share: their data (sentences that people rated), their model, and one way to run a trainer."""
 
-The sentences are those of the VADER paper (Hutto & Gilbert 2014): reviews of products and of films, each rated by about twenty
-people from -4 to 4. They come with the source package of vaderSentiment 0.5 (MIT licence, 2.4 MB), which pip downloads once.
-"""
-
-import io
-import os
 import random
 import re
-import subprocess
 import sys
-import tarfile
-import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +12,10 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 
 sys.path.append(str(Path(__file__).parents[1]))
+from rated_sentences import rated_sentences  # noqa: E402
 from smollm2 import smollm2_folder  # noqa: E402
 
 
-SOURCE = "vaderSentiment-0.5.zip"
 PROMPTS = {
     "amazonReviewSnippets": "A sentence from the review of a product:\n",
     "movieReviewSnippets": "A sentence from the review of a film:\n",
@@ -42,37 +32,6 @@ OPPOSITES = {
 # --- data ----------------------------------------------------------------------------------------------------------------
 
 
-def rated_sentences() -> dict[str, list[tuple[str, float]]]:
-    """Sentences and their mean ratings, by kind of review. `HF_LOGITS_CACHE` overrides `~/.cache/hf_logits`."""
-    cache = Path(os.environ.get("HF_LOGITS_CACHE") or Path.home() / ".cache" / "hf_logits").expanduser()
-    if not (cache / SOURCE).is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # the file appears whole, or not at all
-            pip = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--no-binary",
-                ":all:",
-                "-d",
-                folder,
-            ]
-            subprocess.run([*pip, "vaderSentiment==0.5"], check=True)
-            os.replace(Path(folder) / SOURCE, cache / SOURCE)
-    with zipfile.ZipFile(cache / SOURCE) as package:
-        inner = package.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
-    found = {}
-    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-        for kind in PROMPTS:
-            file = archive.extractfile(f"hutto_ICWSM_2014/{kind}_GroundTruth.txt")
-            rows = [line.split("\t", 2) for line in file.read().decode("utf-8", "replace").splitlines()]
-            found[kind] = [(text.strip(), float(rating)) for _, rating, text in rows]
-    return found
-
-
 def _words(text: str) -> int:
     return len(text.split())
 
@@ -81,7 +40,7 @@ def opinions(*, longest: int = 14, seed: int = 0) -> Dataset:
     """Preferences between unrelated sentences: praise is chosen over complaint."""
     rng = random.Random(seed)
     rows = []
-    for kind, sentences in rated_sentences().items():
+    for kind, sentences in rated_sentences(PROMPTS).items():
         fitting = [(text, rating) for text, rating in sentences if 4 <= _words(text) <= longest]
         praise = [text for text, rating in fitting if rating >= 1.5]
         complaint = [text for text, rating in fitting if rating <= -1.0]
@@ -98,7 +57,7 @@ def near_duplicates(*, longest: int = 14, seed: int = 0) -> Dataset:
     rng = random.Random(seed)
     pattern = re.compile(rf"\b({'|'.join(OPPOSITES)})\b")
     rows = []
-    for kind, sentences in rated_sentences().items():
+    for kind, sentences in rated_sentences(PROMPTS).items():
         for text, rating in sentences:
             if rating >= 1.0 and 4 <= _words(text) <= longest and len(pattern.findall(text)) == 1:
                 turned = pattern.sub(lambda match: OPPOSITES[match[0]], text)
@@ -112,7 +71,7 @@ def thumbs(*, longest: int = 14, seed: int = 0) -> Dataset:
     rng = random.Random(seed)
     rows = [
         {"prompt": PROMPTS[kind], "completion": text, "label": rating > 0}
-        for kind, sentences in rated_sentences().items()
+        for kind, sentences in rated_sentences(PROMPTS).items()
         for text, rating in sentences
         if abs(rating) >= 1.0 and 4 <= _words(text) <= longest
     ]
