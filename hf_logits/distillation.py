@@ -1,7 +1,7 @@
 """Distillation on [`~transformers.Trainer`]: what every method needs, and no method."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
     # --- the loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs, wanted = self._split(inputs)
         if self._fused and not return_outputs and self._heads_stand_alone(inputs):
@@ -314,7 +314,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
         shares = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         return total * shares / torch.as_tensor(items, device=total.device).clamp(min=1)
 
-    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Int[Tensor, "B ..."]]:
+    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Int[Tensor, "B ..."]]:
         """What both models read, and what they are to predict."""
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
@@ -377,7 +377,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
     # --- evaluation, logging, checkpoints, card ----------------------------------------------------------------------
 
     def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Any, Any]:
         if not prediction_loss_only or inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

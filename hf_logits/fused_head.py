@@ -71,6 +71,8 @@ class Head:
     def has_adapter(self) -> bool:
         """Whether PEFT has a layer of its own behind the backbone."""
         behind = set(self._whole.modules()) - set(self._body.modules())
+        if self._reads_encoder:
+            behind -= set(self._whole.get_encoder().modules())
         return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in behind)
 
     def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
@@ -121,9 +123,9 @@ def _class_forward(module: Any) -> Iterator[None]:
         module.forward = now
 
 
-def widen(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+def widen(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """At least float32."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def fused_loss(

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,15 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 def backbone(model: PreTrainedModel | PeftModel) -> nn.Module:
     """The model in front of its LM head, of T5 and its kin the decoder. Adapters of a [`~peft.PeftModel`] stay active."""
-    whole: Any = model
-    if isinstance(model, PeftModel):
-        whole = model.get_base_model()
-    body: nn.Module = whole.base_model
+    whole = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
+    body: Any = whole.base_model
     if body is whole and whole.config.is_encoder_decoder:
         body = whole.get_decoder()
     if body is whole:
         raise ValueError(f"{type(whole).__name__} has no backbone in front of a head. Give a causal language model.")
-    return body
+    return cast(nn.Module, body)
 
 
 @contextlib.contextmanager

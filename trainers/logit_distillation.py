@@ -77,7 +77,7 @@ def _expect(probs: Tensor, values: Tensor) -> Tensor:
 
 def kd_rows(
     student_logits: Float[Tensor, "N C"],
-    teacher_logits: Float[Tensor, "N C"],
+    teacher_logits: Float[Tensor, "N T"],
     *,
     divergence: str,
     temperature: float,
@@ -107,7 +107,7 @@ def kd_rows(
 
 def kd_loss(
     student_logits: Float[Tensor, "N C"],
-    teacher_logits: Float[Tensor, "N C"],
+    teacher_logits: Float[Tensor, "N T"],
     *,
     divergence: str,
     temperature: float,
