@@ -333,7 +333,9 @@ class DistillationTrainer(ResumableMixin, Trainer):
         if terms.keys() != weights.keys():
             raise ValueError(f"{type(self).__name__} has terms {sorted(terms)} and weights of {sorted(weights)}.")
         sums = {name: term.sum() for name, term in terms.items()}
-        total = torch.stack([weights[name] * value for name, value in sums.items()]).sum()
+        # a weight of zero turns a term off even where it is infinite
+        parts = [weights[name] * sums[name] if weights[name] else term[:0].sum() for name, term in terms.items()]
+        total = torch.stack(parts).sum()
         logged = compare(student.detach(), teacher, labels) | sums | {"loss": total}
         if stored:
             logged["agreement"] = (student.argmax(-1) == stored[0][:, 0]).sum().to(total.dtype)
