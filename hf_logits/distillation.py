@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -291,7 +291,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
         self._head_adapted = isinstance(model, PeftModel) and self._student_head.has_adapter()
 
     def weigh(
-        self, student: Float[Tensor, "N C"], teacher: Float[Tensor, "N C"] | None, labels: Int[Tensor, " N"]
+        self, student: Float[Tensor, "N C"], teacher: Float[Tensor, "N T"] | None, labels: Int[Tensor, " N"]
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The weighted terms summed over the rows, and the sums that are logged."""
         if not len(labels):  # a graph without rows still reaches every weight, for processes that wait for gradients
@@ -303,7 +303,9 @@ class DistillationTrainer(ResumableMixin, Trainer):
         if terms.keys() != weights.keys():
             raise ValueError(f"{type(self).__name__} has terms {sorted(terms)} and weights of {sorted(weights)}.")
         sums = {name: term.sum() for name, term in terms.items()}
-        total = torch.stack([weights[name] * value for name, value in sums.items()]).sum()
+        # a weight of zero turns a term off even where it is infinite
+        parts = [weights[name] * sums[name] if weights[name] else term[:0].sum() for name, term in terms.items()]
+        total = torch.stack(parts).sum()
         logged = compare(student.detach(), teacher, labels) | sums | {"loss": total}
         return total, {name: value.detach() for name, value in logged.items()}
 
@@ -314,7 +316,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
         shares = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         return total * shares / torch.as_tensor(items, device=total.device).clamp(min=1)
 
-    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Int[Tensor, "B ..."]]:
+    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Shaped[Tensor, "B ..."]]:
         """What both models read, and what they are to predict."""
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
@@ -358,7 +360,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Rows that predict something, over all micro-batches of a step and all processes."""
-        if not batch_samples or not {"labels", "shift_labels"} & set(batch_samples[0]):
+        if not batch_samples or all(batch_samples[0].get(name) is None for name in ("labels", "shift_labels")):
             return None
         found = []
         for batch in batch_samples:
