@@ -24,7 +24,7 @@ from transformers.utils import logging
 from hf_logits.checks import check_count
 from hf_logits.fused_head import Head, fused_loss, inside
 from hf_logits.meters import Meters, compare
-from hf_logits.resumable import ResumableMixin
+from hf_logits.resumable import RenamedWeightsMixin, ResumableMixin
 from hf_logits.tasks import LANGUAGE, bare, check_one_class, shared_classes, targets, task_of, valid_rows
 from hf_logits.teachers import check_apart, fingerprint, freeze, place, without_cache
 
@@ -68,7 +68,7 @@ class DistillationConfig(TrainingArguments):
             )
 
 
-class DistillationTrainer(ResumableMixin, Trainer):
+class DistillationTrainer(ResumableMixin, RenamedWeightsMixin, Trainer):
     """Trains a student on its own logits and a teacher's. A subclass says what is done with them: [`terms`], [`term_weights`].
 
     The loss is summed over all rows that predict something (tokens, or examples) and divided by their number in the whole

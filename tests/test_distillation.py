@@ -387,6 +387,20 @@ def test_schedules_go_on_and_another_teacher_is_refused(tmp_path):
             other.train(resume_from_checkpoint=checkpoint)
 
 
+def test_the_best_model_is_loaded_whatever_its_weights_are_called(tmp_path):
+    kind = "image_classification"
+    data = KINDS[kind][1](4, seed=3)
+    trainer = build(
+        tmp_path, kind=kind, evaluation=data, max_steps=2, save_strategy="steps", save_steps=1, eval_steps=1,
+        eval_strategy="steps", load_best_model_at_end=True, learning_rate=0.5,
+    )  # fmt: skip
+    trainer.train()
+    losses = logged(trainer, "eval_loss")
+    assert losses[0] < losses[1]
+    trainer.state.global_step = 1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
+
+
 # --- vocabularies and classes --------------------------------------------------------------------------------------------
 
 
