@@ -179,6 +179,13 @@ def adapted(model: PreTrainedModel, kind: str, seed: int = 0) -> Any:
     return made
 
 
+def words(kind: str) -> Any:
+    """The tokenizer, which pads on the left for decoders alone: elsewhere absolute positions count from the left."""
+    made = tokenizer()
+    made.padding_side = "left" if kind in ("causal_lm", "softcapped", "gpt2") else "right"
+    return made
+
+
 def collator(kind: str) -> Any:
     """Of the kinds whose default will not do."""
     if kind == "image_classification":
@@ -186,7 +193,7 @@ def collator(kind: str) -> Any:
     if kind == "masked_lm":
         from transformers import DataCollatorForTokenClassification
 
-        return DataCollatorForTokenClassification(tokenizer())
+        return DataCollatorForTokenClassification(words(kind))
     return None
 
 
@@ -216,6 +223,6 @@ def make(
         train_dataset=dataset() if data is None else data,
         eval_dataset=evaluation,
         data_collator=collator(kind),
-        processing_class=None if kind == "image_classification" else tokenizer(),
+        processing_class=None if kind == "image_classification" else words(kind),
         **(rest or {}),
     )

@@ -200,12 +200,11 @@ def test_the_task_is_that_of_the_class_or_of_one_above_it():
 @both
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_rows_are_those_that_predict_something(kind, fused, tmp_path):
-    data = KINDS[kind][1](4)
+    data = KINDS[kind][1](2)
     trainer = build(tmp_path, kind=kind, data=data, fused_head=fused if kind in LANGUAGE else None, max_steps=1)
     trainer.train()
     found = sorted(torch.cat([labels for _, _, labels in trainer.seen]).tolist())
-    batch = [data[i] for i in list(trainer._get_train_sampler())[:2]]
-    labels = [row["labels"] if isinstance(row["labels"], list) else [row["labels"]] for row in batch]
+    labels = [row["labels"] if isinstance(row["labels"], list) else [row["labels"]] for row in data]
     assert found == sorted(label for row in labels for label in row if label != -100)
 
 
@@ -386,6 +385,20 @@ def test_schedules_go_on_and_another_teacher_is_refused(tmp_path):
         other = build(tmp_path / "other", teacher=teacher, **settings)
         with pytest.raises(ValueError, match="another teacher"):
             other.train(resume_from_checkpoint=checkpoint)
+
+
+def test_the_best_model_is_loaded_whatever_its_weights_are_called(tmp_path):
+    kind = "image_classification"
+    data = KINDS[kind][1](4, seed=3)
+    trainer = build(
+        tmp_path, kind=kind, evaluation=data, max_steps=2, save_strategy="steps", save_steps=1, eval_steps=1,
+        eval_strategy="steps", load_best_model_at_end=True, learning_rate=0.5,
+    )  # fmt: skip
+    trainer.train()
+    losses = logged(trainer, "eval_loss")
+    assert losses[0] < losses[1]
+    trainer.state.global_step = 1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
 
 
 # --- vocabularies and classes --------------------------------------------------------------------------------------------
