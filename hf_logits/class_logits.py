@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 
-def widen(logits: Float[Tensor, "*N C"]) -> Float[Tensor, "*N C"]:
+def widen(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Float32, or float64 if they are: half precision is too coarse for a softmax."""
     return logits if logits.dtype == torch.float64 else logits.float()
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from hf_logits.checks import check_count
 from hf_logits.fused_head import Head, fused_loss, inside
 from hf_logits.meters import Meters, compare
-from hf_logits.resumable import ResumableMixin
+from hf_logits.resumable import RenamedWeightsMixin, ResumableMixin
 from hf_logits.stored_teacher import IDS, LOG_PROBS, TeacherLogitsCollator, check_stored, stored_fingerprint, stored_of
 from hf_logits.tasks import LANGUAGE, bare, check_one_class, shared_classes, targets, task_of, valid_rows
 from hf_logits.teachers import check_apart, fingerprint, freeze, place, without_cache
@@ -69,7 +69,7 @@ class DistillationConfig(TrainingArguments):
             )
 
 
-class DistillationTrainer(ResumableMixin, Trainer):
+class DistillationTrainer(ResumableMixin, RenamedWeightsMixin, Trainer):
     """Trains a student on its own logits and a teacher's. A subclass says what is done with them: [`terms`], [`term_weights`].
 
     The loss is summed over all rows that predict something (tokens, or examples) and divided by their number in the whole
@@ -318,7 +318,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
     def weigh(
         self,
         student: Float[Tensor, "N C"],
-        teacher: Float[Tensor, "N C"] | None,
+        teacher: Float[Tensor, "N T"] | None,
         labels: Int[Tensor, " N"],
         *stored: Shaped[Tensor, "N k"],
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -333,7 +333,9 @@ class DistillationTrainer(ResumableMixin, Trainer):
         if terms.keys() != weights.keys():
             raise ValueError(f"{type(self).__name__} has terms {sorted(terms)} and weights of {sorted(weights)}.")
         sums = {name: term.sum() for name, term in terms.items()}
-        total = torch.stack([weights[name] * value for name, value in sums.items()]).sum()
+        # a weight of zero turns a term off even where it is infinite
+        parts = [weights[name] * sums[name] if weights[name] else term[:0].sum() for name, term in terms.items()]
+        total = torch.stack(parts).sum()
         logged = compare(student.detach(), teacher, labels) | sums | {"loss": total}
         if stored:
             logged["agreement"] = (student.argmax(-1) == stored[0][:, 0]).sum().to(total.dtype)
@@ -346,7 +348,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
         shares = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         return total * shares / torch.as_tensor(items, device=total.device).clamp(min=1)
 
-    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Int[Tensor, "B ..."], tuple[Tensor, ...]]:
+    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Shaped[Tensor, "B ..."], tuple[Tensor, ...]]:
         """What both models read, what they are to predict, and what is stored of the teacher, for rows that predict something."""
         inputs = dict(inputs)
         stored = tuple(inputs.pop(name) for name in (IDS, LOG_PROBS) if name in inputs)
@@ -391,7 +393,7 @@ class DistillationTrainer(ResumableMixin, Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Rows that predict something, over all micro-batches of a step and all processes."""
-        if not batch_samples or not {"labels", "shift_labels"} & set(batch_samples[0]):
+        if not batch_samples or all(batch_samples[0].get(name) is None for name in ("labels", "shift_labels")):
             return None
         found = []
         for batch in batch_samples:

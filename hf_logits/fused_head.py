@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
+from hf_logits.class_logits import widen
 from hf_logits.hidden import backbone
 from hf_logits.tasks import bare
 
@@ -80,6 +81,8 @@ class Head:
     def has_adapter(self) -> bool:
         """Whether PEFT has a layer of its own behind the backbone."""
         behind = set(self._whole.modules()) - set(self._body.modules())
+        if self._reads_encoder:
+            behind -= set(self._whole.get_encoder().modules())
         return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in behind)
 
     def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
@@ -128,11 +131,6 @@ def _class_forward(module: Any) -> Iterator[None]:
         yield
     finally:
         module.forward = now
-
-
-def widen(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """At least float32."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def fused_loss(

@@ -13,6 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 
+_PARTS = 8
+"""Of a vocabulary, looked at one after the other where an index of 64 bits would be the largest tensor of all."""
+
+
 def log_probs(scores: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
     """Normalised log-probabilities of `scores`, at least in float32.
 
@@ -68,36 +72,39 @@ def top_p(log_probs: Float[Tensor, "R V"], mass: float) -> Bool[Tensor, "R V"]:
     if mass >= 1.0:
         return ~log_probs.isneginf()
     # a token stays while the mass in front of it is below the wanted one: the first always does
-    return leading(-log_probs, log_probs.exp(), mass, inclusive=False) & ~log_probs.isneginf()
+    return leading(log_probs, log_probs.exp(), mass, descending=True, inclusive=False) & ~log_probs.isneginf()
 
 
 def leading(
-    values: Float[Tensor, "R V"], mass: Float[Tensor, "R V"], bound: float, *, inclusive: bool
+    values: Float[Tensor, "R V"], mass: Float[Tensor, "R V"], bound: float, *, descending: bool, inclusive: bool
 ) -> Bool[Tensor, "R V"]:
-    """The first tokens by rising `values`, of equal ones by index, as long as their mass is below `bound`.
+    """The first tokens by rising (or falling) `values`, of equal ones by index, as long as their mass is below `bound`.
 
     That is the mass in front of a token, with its own if `inclusive`. Never is all the mass below the bound, rounding or not.
     A sort would tell. Looking where the bound is reached, at 16 bits of the values after 16, takes a fraction of its time.
     """
     # Read as integers, floats keep their order once negative ones are turned round; + 0.0 makes -0.0 equal 0.0.
-    key = (values + 0.0).view(torch.int64 if values.dtype == torch.float64 else torch.int32)
+    ordered = values.neg().add_(0.0) if descending else values + 0.0
+    key = ordered.view(torch.int64 if values.dtype == torch.float64 else torch.int32)
     bits = 8 * key.element_size()
-    key = key ^ ((key >> (bits - 1)) & torch.iinfo(key.dtype).max)
+    key.bitwise_xor_((key >> (bits - 1)).bitwise_and_(torch.iinfo(key.dtype).max))
     before, base = torch.zeros_like(mass[:, :1]), torch.full_like(key[:, :1], -(2**15))
     for shift in range(bits - 16, -1, -16):
         # The mass of each next digit; what differs in those so far goes into the bins at the ends.
-        digit = (key >> shift).sub_(base).clamp_(-1, 2**16).add_(1).long()
-        total = mass.new_zeros(len(mass), 2**16 + 2).scatter_add_(-1, digit, mass)[:, 1:-1].cumsum(-1).add_(before)
+        total = mass.new_zeros(len(mass), 2**16 + 2)
+        for part, own in zip(key.chunk(_PARTS, dim=-1), mass.chunk(_PARTS, dim=-1), strict=True):
+            digit = (part >> shift).sub_(base).clamp_(-1, 2**16).add_(1)
+            total.scatter_add_(-1, digit.long(), own)
+        total = total[:, 1:-1].cumsum(-1).add_(before)
         below = (total < total[:, -1:].clamp(max=bound)).sum(-1, keepdim=True)
         before = torch.where(below > 0, total.gather(-1, (below - 1).clamp(min=0)), before)
         reached = base + below.to(key.dtype)
         base = reached << 16
     tied = key == reached
-    own = torch.where(tied, mass, 0.0)
-    within = own.cumsum(-1).add_(before)
+    within = torch.where(tied, mass, 0.0).cumsum_(-1).add_(before)
     bounds = within[:, -1:].clamp(max=bound)
     if not inclusive:
-        within.sub_(own)
+        within.sub_(mass)  # right where it is asked for: at ties
     return (key < reached) | (tied & (within < bounds))
 
 

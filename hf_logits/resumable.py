@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 
 Stock: Any = Trainer if TYPE_CHECKING else object
@@ -41,3 +41,33 @@ class ResumableMixin(Stock):
                 f"this {type(self).__name__}'s. Start from its weights instead of resuming."
             )
         self.load_extra_state(load_file(path))
+
+
+class RenamedWeightsMixin(Stock):
+    """Goes in front of a [`~transformers.Trainer`] that resumes models which are saved under other names than they run with.
+
+    `save_pretrained` gives weights the names of the original checkpoints (of ViT, say), and `from_pretrained` turns them
+    back. The host's own loading does not: it would go on from what the model had before.
+    """
+
+    _unloaded: bool = False
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = set(self.model._tied_weights_keys or ()) if isinstance(self.model, PreTrainedModel) else set()
+        self._unloaded = bool(set(load_result.missing_keys) - tied) and isinstance(self.model, PreTrainedModel)
+        if not self._unloaded:
+            super()._issue_warnings_after_load(load_result)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_under_new_names(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_under_new_names(self.state.best_model_checkpoint)
+
+    def _load_under_new_names(self, checkpoint: str | None) -> None:
+        if self._unloaded and checkpoint is not None:
+            self._unloaded = False
+            fresh = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
+            self.model.load_state_dict(fresh.state_dict())

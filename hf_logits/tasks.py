@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ def task_of(model: PreTrainedModel | PeftModel) -> str | None:
     return None
 
 
-def targets(labels: Int[Tensor, "B ..."], task: str) -> Int[Tensor, "B ..."]:
+def targets(labels: Shaped[Tensor, "B ..."], task: str) -> Shaped[Tensor, "B ..."]:
     """What the logits at each position are to predict, `-100` where nothing: causal language models predict the next label."""
     if task != "causal_lm":
         return labels

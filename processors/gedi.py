@@ -58,7 +58,7 @@ def gedi_filter(
     """
     if target_p == 0:
         return scores
-    removed = leading(log_posterior, scores.softmax(-1), filter_p, inclusive=True)
+    removed = leading(log_posterior, scores.softmax(-1), filter_p, descending=False, inclusive=True)
     return scores.masked_fill(removed & (log_posterior < math.log(target_p)), -math.inf)
 
 
@@ -172,18 +172,7 @@ class GeDiLogitsProcessor(AuxiliaryLogitsProcessor):
         if not self.engines:
             return log_probs
         rows = log_probs.shape[0]
-        conditional = torch.stack(self.auxiliary_log_probs(step, log_probs.shape[-1]))
-        scores = self.engines[0].token_log_probs.to(conditional.device)
-        length = self._scored(step)
-        newest = torch.arange(scores.shape[-1], 0, -1, device=scores.device) <= length[:, None]
-        log_posterior = class_log_posterior(
-            conditional,
-            scores.masked_fill(~newest, 0.0).sum(-1),
-            length,
-            scale=row_column(self.scale, rows, log_probs),
-            bias=self._biases.to(conditional),
-            length_normalise=self.length_normalise,
-        )
+        log_posterior = self._log_posterior(step, log_probs)
         strength = row_column(self.strength, rows, log_probs)
 
         def formula(main: Float[Tensor, "R V"], log_posterior: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
@@ -195,6 +184,21 @@ class GeDiLogitsProcessor(AuxiliaryLogitsProcessor):
         chosen = steered[:, : log_posterior.shape[-1]].exp()
         self.record(step, posterior=(chosen * log_posterior.exp()).sum(-1))
         return steered
+
+    def _log_posterior(self, step: Step, like: Float[Tensor, "R V"]) -> Float[Tensor, "R W"]:
+        """Of the desired class, should a token come next; `W` is `V` or, with a guide of fewer tokens, less."""
+        conditional = torch.stack(self.auxiliary_log_probs(step, like.shape[-1]))
+        scores = self.engines[0].token_log_probs.to(conditional.device)
+        length = self._scored(step)
+        newest = torch.arange(scores.shape[-1], 0, -1, device=scores.device) <= length[:, None]
+        return class_log_posterior(
+            conditional,
+            scores.masked_fill(~newest, 0.0).sum(-1),
+            length,
+            scale=row_column(self.scale, like.shape[0], like),
+            bias=self._biases.to(conditional),
+            length_normalise=self.length_normalise,
+        )
 
     def _scored(self, step: Step) -> Int[Tensor, " R"]:
         """How many of the last tokens count: everything behind the code, so neither the code nor a BOS before it."""

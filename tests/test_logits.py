@@ -213,18 +213,21 @@ def test_the_leading_tokens_are_those_of_a_sort(kind, dtype, inclusive):
     # sums of these are exact, in any order
     mass = torch.randint(0, 64, values.shape, generator=torch.Generator().manual_seed(1)).to(dtype) / 4096
     for bound in (1 / 4096, 0.5, 2.0, 4.0, 5.0):
+        falling = leading(-values, mass, bound, descending=True, inclusive=inclusive)
+        assert torch.equal(falling, sorted_leading(values, mass, bound, inclusive))
         assert torch.equal(
-            leading(values, mass, bound, inclusive=inclusive), sorted_leading(values, mass, bound, inclusive)
+            leading(values, mass, bound, descending=False, inclusive=inclusive),
+            sorted_leading(values, mass, bound, inclusive),
         )
 
 
 def test_all_the_mass_is_never_below_the_bound():
     values, mass = some_values("random", torch.float32), torch.full((12, 700), 1 / 700)
-    found = leading(values, mass * 0.99, 1.0, inclusive=True)
+    found = leading(values, mass * 0.99, 1.0, descending=False, inclusive=True)
     assert torch.equal(found, values < values.amax(-1, keepdim=True))
-    assert leading(values, mass, 2.0, inclusive=False).all()
-    assert not leading(values, mass, 0.0, inclusive=False).any()
-    assert not leading(values, mass * 0, 1.0, inclusive=True).any()
+    assert leading(values, mass, 2.0, descending=False, inclusive=False).all()
+    assert not leading(values, mass, 0.0, descending=False, inclusive=False).any()
+    assert not leading(values, mass * 0, 1.0, descending=False, inclusive=True).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

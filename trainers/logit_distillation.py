@@ -78,7 +78,7 @@ def _expect(probs: Tensor, values: Tensor) -> Tensor:
 
 def kd_rows(
     student_logits: Float[Tensor, "N C"],
-    teacher_logits: Float[Tensor, "N C"],
+    teacher_logits: Float[Tensor, "N T"],
     *,
     divergence: str,
     temperature: float,
@@ -108,7 +108,7 @@ def kd_rows(
 
 def kd_loss(
     student_logits: Float[Tensor, "N C"],
-    teacher_logits: Float[Tensor, "N C"],
+    teacher_logits: Float[Tensor, "N T"],
     *,
     divergence: str,
     temperature: float,

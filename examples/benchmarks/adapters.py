@@ -34,7 +34,12 @@ def measure(lora: LoraConfig, new: int, repeats: int) -> dict[str, list[float]]:
             lm.set_adapter(name)
             decode(lm, ids, new=new)
 
-    return alternate({"together": lambda: follow(*names), "plain": plain}, repeats)
+    def three() -> None:
+        """No adapter at all: what three rows cost on this machine."""
+        with lm.disable_adapter():
+            decode(lm, prompts(3), new=new)
+
+    return alternate({"together": lambda: follow(*names), "plain": plain, "three rows": three}, repeats)
 
 
 def run(quick: bool = False) -> str:
@@ -46,6 +51,10 @@ def run(quick: bool = False) -> str:
         together, name = times["together"], f"LoRA on {what}"
         lines.append(
             row(f"{name} / plain generate() of each", ratio(together, times["plain"]), TARGET, seconds(together))
+        )
+        floor = ratio(times["three rows"], times["plain"])
+        lines.append(
+            row("the floor: the base alone on three rows / the same", floor, None, seconds(times["three rows"]))
         )
     return table(["base and two adapters in one forward", "time"], lines)
 
