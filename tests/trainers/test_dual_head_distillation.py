@@ -211,7 +211,9 @@ def test_a_decoder_reads_what_its_classifier_read_at_the_token_that_counts(tmp_p
     (batch,) = list(trainer.get_train_dataloader())
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     model = trainer.model.eval()
-    last = model.model(**inputs).last_hidden_state[:, -1]  # padded on the left
+    hidden, mask = model.model(**inputs).last_hidden_state, inputs["attention_mask"]
+    ends = (torch.arange(mask.size(1)) * mask).argmax(-1)  # whichever side is padded
+    last = hidden[torch.arange(len(hidden)), ends]
     expected = binary_kl_norm_loss(model.distillation_head(last), trainer.teacher(**inputs).logits, temperature=2.0)
     assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
 
