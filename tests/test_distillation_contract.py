@@ -5,7 +5,6 @@ Started with `accelerate launch`, this file is also the program that trains ever
 
 import math
 import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import TrainerCallback
 
 import hf_logits.trainers
 from distilling import KINDS, make
+from launching import LAUNCH, leave, run
 from preferences import distance, equal, logged, weights
 
 
@@ -175,19 +175,7 @@ SPREAD = STEEP | {"gradient_accumulation_steps": 2}
 def two_processes(tmp_path_factory):
     """A folder with the weights of every row after training in two processes."""
     folder = tmp_path_factory.mktemp("two")
-    # Its `--cpu` starts one process, or calls mpirun; this starts two, which find the CPU by themselves.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    launch += ["--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
-    tests = Path(__file__).parent
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(
-        [*launch, __file__, str(folder)], env=environment, cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(__file__, folder, folder=folder, launch=LAUNCH)
     return folder
 
 
@@ -226,8 +214,7 @@ def train_every_row(folder: str) -> None:
         extra = {"losses": torch.tensor(logged(trainer, "loss")), "means": torch.tensor(summary(trainer))}
         if trainer.accelerator.is_main_process:
             save_file(weights(trainer) | extra, os.path.join(folder, f"{index}.safetensors"))
-        trainer.accelerator.wait_for_everyone()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
