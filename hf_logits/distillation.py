@@ -1,7 +1,7 @@
 """Distillation on [`~transformers.Trainer`]: what every method needs, and no method."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from transformers.utils import logging
 
 from hf_logits.checks import check_count
 from hf_logits.fused_head import Head, fused_loss, inside
-from hf_logits.meters import Meters, compare
+from hf_logits.meters import MeteredMixin, compare
 from hf_logits.resumable import RenamedWeightsMixin, ResumableMixin
 from hf_logits.stored_teacher import IDS, LOG_PROBS, TeacherLogitsCollator, check_stored, stored_fingerprint, stored_of
 from hf_logits.tasks import LANGUAGE, bare, check_one_class, shared_classes, targets, task_of, valid_rows
-from hf_logits.teachers import check_apart, fingerprint, freeze, place, without_cache
+from hf_logits.teachers import check_apart, fingerprint, freeze, place, teaching, without_cache
 
 
 logger = logging.get_logger(__name__)
@@ -69,7 +69,7 @@ class DistillationConfig(TrainingArguments):
             )
 
 
-class DistillationTrainer(ResumableMixin, RenamedWeightsMixin, Trainer):
+class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Trainer):
     """Trains a student on its own logits and a teacher's. A subclass says what is done with them: [`terms`], [`term_weights`].
 
     The loss is summed over all rows that predict something (tokens, or examples) and divided by their number in the whole
@@ -99,6 +99,7 @@ class DistillationTrainer(ResumableMixin, RenamedWeightsMixin, Trainer):
     _tag_names: list[str] = ["hf_logits", "distillation"]
     _paper: dict[str, str] = {}
     _state_file = "teacher.safetensors"
+    _meter_prefix = "distillation"
     _fused: bool
     _heads_tried: bool
     _student_head: Head
@@ -165,7 +166,6 @@ class DistillationTrainer(ResumableMixin, RenamedWeightsMixin, Trainer):
             self._fingerprint = stored_fingerprint(stored)
         self._teacher_settings: dict[str, Any] = {} if read is None else without_cache(read)
         self.teacher: Any = None if teacher is None else place(teacher, self.accelerator)
-        self._meters = {"train": Meters(), "eval": Meters()}
         self._prepare_heads(model, teacher)
 
     # --- what a method defines ---------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class DistillationTrainer(ResumableMixin, RenamedWeightsMixin, Trainer):
             rows = len(labels)
             total, sums = self.weigh(student, taught, labels, *stored)
         loss = self._normalise(total, rows, num_items_in_batch)
-        self._meters["train" if self._unwrapped.training else "eval"].add(sums, rows)
+        self.meters["train" if self._unwrapped.training else "eval"].add(sums, rows)
         return (loss, outputs) if return_outputs else loss
 
     def _fused_total(
@@ -375,21 +375,8 @@ class DistillationTrainer(ResumableMixin, RenamedWeightsMixin, Trainer):
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
-    @contextlib.contextmanager
-    def _teaching(self) -> Iterator[Any]:
-        """The teacher, if there is one, in a block without gradients. Not inference mode, whose tensors no graph may use."""
-        with torch.no_grad():
-            if not self.args.disabled_adapter_teacher:
-                yield self.teacher
-                return
-            student = self._unwrapped
-            training = student.training
-            student.eval()
-            try:
-                with student.disable_adapter():
-                    yield student
-            finally:
-                student.train(training)
+    def _teaching(self) -> Any:
+        return teaching(self.teacher, self._unwrapped if self.args.disabled_adapter_teacher else None)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Rows that predict something, over all micro-batches of a step and all processes."""
@@ -421,23 +408,8 @@ class DistillationTrainer(ResumableMixin, RenamedWeightsMixin, Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs, num_items_in_batch=items).detach(), None, None
 
-    def evaluation_loop(self, *given: Any, **named: Any) -> Any:
-        found: Any = super().evaluation_loop(*given, **named)
-        prefix = named["metric_key_prefix"] if "metric_key_prefix" in named else given[4] if len(given) > 4 else "eval"
-        means = self._means("eval")
-        # over all rows alike, where the host averages the means of batches
-        found.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        return found
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs |= {name: value for name, value in self._means("train").items() if name != "loss"}
-        super().log(logs, start_time)
-
-    def _means(self, mode: str) -> dict[str, float]:
-        names = list(dict.fromkeys(["loss", *self.term_weights(), *METERS]))
-        means = self._meters[mode].read(self.accelerator, names)
-        return {name if name == "loss" else f"distillation/{name}": value for name, value in means.items()}
+    def meter_names(self) -> list[str]:
+        return [*self.term_weights(), *METERS]
 
     def extra_state(self) -> dict[str, Tensor]:
         return {} if self._fingerprint is None else {"fingerprint": self._fingerprint}

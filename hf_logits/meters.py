@@ -1,10 +1,15 @@
 """Means over all rows of many batches and processes: sums on the device, read once in a while."""
 
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import Trainer
+
+
+Stock: Any = Trainer if TYPE_CHECKING else object
 
 
 class Meters:
@@ -26,6 +31,40 @@ class Meters:
         self._sums = {}
         total = accelerator.reduce(mine, reduction="sum").tolist()
         return {name: value / rows for name, (value, rows) in zip(names, total, strict=True) if rows}
+
+
+class MeteredMixin(Stock):
+    """Goes in front of a [`~transformers.Trainer`]: logs the means of what `self.meters` is given, while training and evaluating.
+
+    They are means over all rows alike, where the host averages the means of batches.
+    """
+
+    _meter_prefix: str
+    """Stands in front of every name but `loss`."""
+
+    def meter_names(self) -> list[str]:
+        """What is logged beside `loss`."""
+        raise NotImplementedError
+
+    @cached_property
+    def meters(self) -> dict[str, Meters]:
+        """Those of training and those of evaluation."""
+        return {"train": Meters(), "eval": Meters()}
+
+    def evaluation_loop(self, *given: Any, **named: Any) -> Any:
+        found: Any = super().evaluation_loop(*given, **named)
+        prefix = named["metric_key_prefix"] if "metric_key_prefix" in named else given[4] if len(given) > 4 else "eval"
+        found.metrics.update({f"{prefix}_{name}": value for name, value in self._means("eval").items()})
+        return found
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= {name: value for name, value in self._means("train").items() if name != "loss"}
+        super().log(logs, start_time)
+
+    def _means(self, mode: str) -> dict[str, float]:
+        means = self.meters[mode].read(self.accelerator, list(dict.fromkeys(["loss", *self.meter_names()])))
+        return {name if name == "loss" else f"{self._meter_prefix}/{name}": value for name, value in means.items()}
 
 
 @torch.no_grad()

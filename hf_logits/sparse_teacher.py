@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_logits.checks import check_choice
+from hf_logits.class_logits import widen
 
 
 MODES = ("tail", "renorm", "zero")
@@ -20,7 +21,7 @@ def top_log_probs(logits: Float[Tensor, "N V"], k: int) -> tuple[Float[Tensor, "
 
     Only the sum of the row is worked out beside them, so no second `[N, V]` tensor in a wider dtype lives on.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = widen(logits)
     best, ids = wide.topk(min(k, wide.size(-1)), dim=-1)
     return best - wide.logsumexp(-1, keepdim=True), ids
 

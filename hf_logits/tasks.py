@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_logits.class_logits import widen
 from hf_logits.prompts import check_same_tokenizer
 
 
@@ -58,8 +59,7 @@ def valid_rows(
     if wanted.dim() == 2:
         logits = logits[:, logits.size(1) - wanted.size(1) :]
     valid = wanted != -100
-    rows = logits[valid]
-    return rows if rows.dtype == torch.float64 else rows.float(), wanted[valid]
+    return widen(logits[valid]), wanted[valid]
 
 
 def shared_classes(

@@ -1,7 +1,9 @@
 """A model that is only read: how it is frozen, where it is put, and by what it is known again."""
 
+import contextlib
 import hashlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,6 +50,25 @@ def place(teacher: PreTrainedModel | PeftModel, accelerator: Any) -> Any:
     accelerator._models = [model for model in accelerator._models if model is not placed]
     # The student's autocast is not for the teacher, which has a dtype of its own.
     return accelerator.unwrap_model(placed, keep_fp32_wrapper=False)
+
+
+@contextlib.contextmanager
+def teaching(teacher: Any, student: Any = None) -> Iterator[Any]:
+    """The teacher, or the student without its adapter if one is given, in a block without gradients.
+
+    Not inference mode, whose tensors no graph may use.
+    """
+    with torch.no_grad():
+        if student is None:
+            yield teacher
+            return
+        training = student.training
+        student.eval()
+        try:
+            with student.disable_adapter():
+                yield student
+        finally:
+            student.train(training)
 
 
 @torch.no_grad()

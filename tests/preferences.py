@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import tiny
 from oracles import word_tokenizer
@@ -102,6 +102,21 @@ def make(
         peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA) if lora else None,
         callbacks=callbacks,
     )
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAt(TrainerCallback):
+    """The machine goes away in the middle of training."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Stop
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:

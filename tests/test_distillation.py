@@ -359,11 +359,11 @@ def test_images_are_predicted_with_their_logits(tmp_path):
 
 
 def test_the_device_is_read_once_a_logging_step(tmp_path, monkeypatch):
-    from hf_logits import distillation
+    from hf_logits.meters import Meters
 
     reads = []
-    original = distillation.Meters.read
-    monkeypatch.setattr(distillation.Meters, "read", lambda *given: reads.append(1) or original(*given))
+    original = Meters.read
+    monkeypatch.setattr(Meters, "read", lambda *given: reads.append(1) or original(*given))
     trainer = build(tmp_path, logging_steps=3, max_steps=6, gradient_accumulation_steps=2)
     trainer.train()
     assert len(reads) == 2

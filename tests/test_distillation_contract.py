@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
 
 import hf_logits.trainers
 from distilling import KINDS, make
 from launching import LAUNCH, leave, run
-from preferences import distance, equal, logged, weights
+from preferences import Stop, StopAt, distance, equal, logged, weights
 
 
 @dataclass(frozen=True)
@@ -56,21 +55,6 @@ STEEP = {"optim": "sgd", "learning_rate": 1e-2, "max_steps": 2}
 
 each = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 plain_and_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAt(TrainerCallback):
-    """The machine goes away in the middle of training."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Stop
 
 
 @each

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 import hf_logits.trainers
 from launching import LAUNCH, leave, run
-from preferences import distance, equal, logged, make, pairs, unpaired, weights
+from preferences import Stop, StopAt, distance, equal, logged, make, pairs, unpaired, weights
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,6 @@ STEEP = {"optim": "sgd", "learning_rate": 1e-2, "max_steps": 2}
 
 each = pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(filter(None, (row.name, row.label))))
 plain_and_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAt(TrainerCallback):
-    """The machine goes away in the middle of training."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Stop
 
 
 @each

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from transformers.utils import logging
 
 from hf_logits.checks import check_choice, check_number
+from hf_logits.class_logits import widen
 from hf_logits.distillation import DistillationConfig, DistillationTrainer
 from hf_logits.sparse_teacher import MODES, check_sparse_temperature, sparse_kd
 
@@ -101,8 +102,8 @@ def kd_rows(
                 f"beta={beta}: the generalised JSD itself goes to 0 with beta (it is near beta times the forward KL), while beta=0 is the "
                 "forward KL. Take 0, or at least 0.05."
             )
-    wide = [logits if logits.dtype == torch.float64 else logits.float() for logits in (student_logits, teacher_logits)]
-    rows: Tensor = _Divergence.apply(wide[0], wide[1].detach(), divergence, float(temperature), float(beta))
+    student, teacher = widen(student_logits), widen(teacher_logits).detach()
+    rows: Tensor = _Divergence.apply(student, teacher, divergence, float(temperature), float(beta))
     return rows * temperature**2 if scale_by_temperature_squared else rows
 
 

@@ -1,8 +1,7 @@
 """Multi-level ranking: scores that are graded, from levels of responses; then human ratings without forgetting (QuantiDCE)."""
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from hf_logits.checks import check_choice, check_count, check_number
 from hf_logits.class_logits import widen
-from hf_logits.meters import Meters
+from hf_logits.meters import MeteredMixin
 from hf_logits.preferences import refuse_rows, require_columns
 from hf_logits.resumable import ResumableMixin
 from hf_logits.tasks import bare
-from hf_logits.teachers import fingerprint, freeze, place
+from hf_logits.teachers import fingerprint, freeze, place, teaching
 
 
 STAGES = {"ranking": ("context", "responses"), "rating": ("context", "response", "rating")}
@@ -194,7 +193,7 @@ class MultiLevelRankingConfig(TrainingArguments):
             raise ValueError(f"rating_range must be the lowest and the highest rating; got {self.rating_range}.")
 
 
-class MultiLevelRankingTrainer(ResumableMixin, Trainer):
+class MultiLevelRankingTrainer(MeteredMixin, ResumableMixin, Trainer):
     """Trains a model with one output to give graded scores, from [Towards Quantifiable Dialogue Coherence
     Evaluation](https://huggingface.co/papers/2106.00507) (QuantiDCE).
 
@@ -216,6 +215,7 @@ class MultiLevelRankingTrainer(ResumableMixin, Trainer):
     loss_is_scaled_for_ga = True
     _signature_columns: Any
     _state_file = "teacher.safetensors"
+    _meter_prefix = "mlr"
 
     def __init__(self, model: Any, args: Any = None, **rest: Any):
         if not isinstance(model, PreTrainedModel | PeftModel):
@@ -260,7 +260,6 @@ class MultiLevelRankingTrainer(ResumableMixin, Trainer):
         self._distils = distils
         self._fingerprint = fingerprint(model if teacher is None else teacher) if distils else None
         self.teacher: Any = None if teacher is None else place(teacher, self.accelerator)
-        self._meters = {"train": Meters(), "eval": Meters()}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -287,7 +286,7 @@ class MultiLevelRankingTrainer(ResumableMixin, Trainer):
                 terms["scores"] = (scores - self.scores(before)).square()
                 distances = torch.stack([term for name, term in terms.items() if name != "rating"]).sum(0)
                 rows = rows + self.args.distillation_weight * distances
-        self._meters["train" if self._unwrapped.training else "eval"].add(
+        self.meters["train" if self._unwrapped.training else "eval"].add(
             {name: term.sum() for name, term in terms.items()} | {"loss": rows.sum()}, len(rows)
         )
         items = len(rows) if num_items_in_batch is None else num_items_in_batch
@@ -309,20 +308,8 @@ class MultiLevelRankingTrainer(ResumableMixin, Trainer):
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
-    @contextlib.contextmanager
-    def _teaching(self) -> Iterator[Any]:
-        with torch.no_grad():
-            if self.teacher is not None:
-                yield self.teacher
-                return
-            student = self._unwrapped
-            training = student.training
-            student.eval()
-            try:
-                with student.disable_adapter():
-                    yield student
-            finally:
-                student.train(training)
+    def _teaching(self) -> Any:
+        return teaching(self.teacher, self._unwrapped if self.teacher is None else None)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Contexts, or ratings, over all micro-batches of a step and all processes."""
@@ -349,21 +336,8 @@ class MultiLevelRankingTrainer(ResumableMixin, Trainer):
             labels = levels.expand_as(outputs["scores"]).contiguous()
         return loss.detach(), outputs["scores"], labels
 
-    def evaluation_loop(self, *given: Any, **named: Any) -> Any:
-        found: Any = super().evaluation_loop(*given, **named)
-        prefix = named["metric_key_prefix"] if "metric_key_prefix" in named else given[4] if len(given) > 4 else "eval"
-        found.metrics.update({f"{prefix}_{name}": value for name, value in self._means("eval").items()})
-        return found
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs |= {name: value for name, value in self._means("train").items() if name != "loss"}
-        super().log(logs, start_time)
-
-    def _means(self, mode: str) -> dict[str, float]:
-        names = ["separation", "compactness", "ordering", "rating", "hidden_states", "attentions", "scores", "loss"]
-        means = self._meters[mode].read(self.accelerator, names)
-        return {name if name == "loss" else f"mlr/{name}": value for name, value in means.items()}
+    def meter_names(self) -> list[str]:
+        return ["separation", "compactness", "ordering", "rating", "hidden_states", "attentions", "scores"]
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

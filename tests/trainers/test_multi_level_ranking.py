@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import distilling
 import tiny
@@ -19,7 +19,7 @@ from hf_logits.trainers.multi_level_ranking import (
     mlr_terms,
     self_distillation,
 )
-from preferences import arguments, distance, equal, logged, tokenizer, weights
+from preferences import Stop, StopAt, arguments, distance, equal, logged, tokenizer, weights
 from two_rows import gradient, has_right_gradient
 
 
@@ -280,21 +280,11 @@ def test_a_weight_of_zero_is_a_squared_error(tmp_path):
     assert logged(trainer, "loss")[0] == pytest.approx(expected.item(), rel=1e-4)
 
 
-class Stop(Exception):
-    pass
-
-
-class StopAt(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise Stop
-
-
 def test_a_run_that_is_killed_and_resumed_ends_where_an_unbroken_one_does(tmp_path):
     settings = {"max_steps": 4, "save_steps": 2}
     unbroken = make(tmp_path / "unbroken", "rating", **settings)
     unbroken.train()
-    killed = make(tmp_path / "killed", "rating", save_strategy="steps", rest={"callbacks": [StopAt()]}, **settings)
+    killed = make(tmp_path / "killed", "rating", save_strategy="steps", rest={"callbacks": [StopAt(3)]}, **settings)
     with pytest.raises(Stop):
         killed.train()
     resumed = make(tmp_path / "killed", "rating", save_strategy="steps", **settings)

@@ -18,7 +18,6 @@ from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithFlattening,
     DataCollatorWithPadding,
-    TrainerCallback,
 )
 
 import tiny
@@ -35,7 +34,7 @@ from hf_logits.trainers import (
     store_teacher_logits,
 )
 from oracles import word_tokenizer
-from preferences import arguments, distance, equal, logged, tokenizer, weights
+from preferences import Stop, StopAt, arguments, distance, equal, logged, tokenizer, weights
 
 
 K = 5
@@ -557,19 +556,13 @@ def test_rows_without_a_label_are_no_trouble(stored, tmp_path):
     assert distance(before, weights(made)) == 0
 
 
-class StopAt(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise Kill
-
-
 def test_a_killed_training_resumes_bit_for_bit_and_only_with_its_teacher(kept, tmp_path):
     data = kept("causal_lm")
     settings = {"max_steps": 6, "save_steps": 2, "optim": "adamw_torch", "lr_scheduler_type": "linear"}
     unbroken = distil(tmp_path / "unbroken", data, **settings)
     unbroken.train()
-    killed = distil(tmp_path / "killed", data, save_strategy="steps", rest={"callbacks": [StopAt()]}, **settings)
-    with pytest.raises(Kill):
+    killed = distil(tmp_path / "killed", data, save_strategy="steps", rest={"callbacks": [StopAt(5)]}, **settings)
+    with pytest.raises(Stop):
         killed.train()
     resumed = distil(tmp_path / "killed", data, save_strategy="steps", **settings)
     resumed.train(resume_from_checkpoint=True)
