@@ -270,18 +270,15 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
         pairs = [(self._unwrapped, self._student_head)]
         pairs += [] if self._teacher_head is None else [(self.teacher, self._teacher_head)]
         for model, head in pairs:
-            training = model.training
-            model.eval()
             try:
-                with head.spared() as seen:
+                # The mode stays: 4-bit layers that are read in evaluation mode on a CPU lose their gradient for good.
+                with torch.random.fork_rng(), head.spared() as seen:
                     whole = model(**inputs).logits[:, 0].float()
                 alone = head(seen[0][:, 0]).float()
                 fits = bool((whole - alone).abs().max() <= 0.02 * whole.abs().max())
                 reason = f"the head of {type(bare(model)).__name__} needs more than the hidden state of a token"
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
                 fits, reason = False, f"the head of {type(bare(model)).__name__} does not run by itself ({error})"
-            finally:
-                model.train(training)
             if not fits:
                 self._not_fused(reason)
                 return False
@@ -401,12 +398,21 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Any, Any]:
+        inputs = self._without_repeats(inputs)
         if not prediction_loss_only or inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         items = self._get_num_items_in_batch([inputs], self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs, num_items_in_batch=items).detach(), None, None
+
+    def _without_repeats(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Rows that fill up the last batch of an evaluation, and were in it before, predict nothing."""
+        labels = {name: inputs[name] for name in ("labels", "shift_labels") if inputs.get(name) is not None}
+        masked = {name: value.clone() for name, value in labels.items()}
+        for value in masked.values():
+            value[self.fresh_rows(len(value)) :] = -100
+        return {**inputs, **masked}
 
     def meter_names(self) -> list[str]:
         return [*self.term_weights(), *METERS]

@@ -52,6 +52,13 @@ class MeteredMixin(Stock):
         """Those of training and those of evaluation."""
         return {"train": Meters(), "eval": Meters()}
 
+    def fresh_rows(self, rows: int) -> int:
+        """How many rows of an evaluation's batch, counted from the first, do not repeat others to fill up the last one."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder < 1:
+            return rows
+        return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
+
     def evaluation_loop(self, *given: Any, **named: Any) -> Any:
         found: Any = super().evaluation_loop(*given, **named)
         prefix = named["metric_key_prefix"] if "metric_key_prefix" in named else given[4] if len(given) > 4 else "eval"

@@ -71,7 +71,7 @@ def shared_classes(
 ) -> int | None:
     """How many classes two models have in common, `None` if the same ones; those of an id must mean the same.
 
-    Vocabularies may be padded to different sizes: both are then cut, to the smallest of the two and the tokenizer's.
+    Vocabularies may be padded: both are then cut, to the smallest of the two and the tokenizer's.
 
     Raises:
         ValueError: the tasks, the tokenizers, or the names or order of the classes differ.
@@ -90,9 +90,9 @@ def shared_classes(
     if isinstance(tokenizer, PreTrainedTokenizerBase) and isinstance(teacher_tokenizer, PreTrainedTokenizerBase):
         check_same_tokenizer(tokenizer, teacher_tokenizer)
     sizes = [config.get_text_config().vocab_size for config in configs]
-    if sizes[0] == sizes[1]:
-        return None
-    return min(*sizes, len(tokenizer)) if isinstance(tokenizer, PreTrainedTokenizerBase) else min(sizes)
+    known = len(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else min(sizes)
+    shared = min(*sizes, known)
+    return None if sizes == [shared, shared] else shared
 
 
 def check_class_names(student: Any, teacher: Any) -> None:

@@ -152,6 +152,8 @@ def test_the_model_goes_to_the_hub_with_a_card(row, hub, tmp_path):
 
 # --- two processes -------------------------------------------------------------------------------------------------------
 
+UNEVEN = 5
+"""Rows of evaluation that do not fill two processes' batches."""
 SPREAD = STEEP | {"gradient_accumulation_steps": 2}
 
 
@@ -165,7 +167,7 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.parametrize("index", [i for i, row in enumerate(ROWS) if row.cuts], ids=lambda i: ROWS[i].id)
 def test_two_processes_do_what_one_does_with_twice_the_batch(index, two_processes, tmp_path):
-    evaluation = KINDS[ROWS[index].kind][1](4, seed=3)
+    evaluation = KINDS[ROWS[index].kind][1](UNEVEN, seed=3)
     one = ROWS[index].make(tmp_path, per_device_train_batch_size=2, evaluation=evaluation, **SPREAD)
     start = weights(one)
     one.train()
@@ -190,7 +192,7 @@ def summary(trainer: Any) -> list[float]:
 
 def train_every_row(folder: str) -> None:
     for index, row in enumerate(ROWS):
-        evaluation = KINDS[row.kind][1](4, seed=3)
+        evaluation = KINDS[row.kind][1](UNEVEN, seed=3)
         settings = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 2, "evaluation": evaluation}
         trainer = row.make(os.path.join(folder, f"run{index}"), **settings, **SPREAD)
         assert trainer.accelerator.num_processes == 2

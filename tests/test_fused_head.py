@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
 import tiny
@@ -96,6 +97,45 @@ def test_gradients_are_those_of_finite_differences():
     found, leaves = value(0.0)
     gradients = torch.autograd.grad(found, leaves)
     assert sum((g * way).sum().item() for g, way in zip(gradients, directions, strict=True)) == pytest.approx(slope)
+
+
+class FourBit(torch.nn.Module):
+    """A weight of sixteen levels, two in a byte. Like bitsandbytes' on some CPUs, it forgets how to backpropagate when it is read
+    while evaluating."""
+
+    def __init__(self, weight):
+        super().__init__()
+        scale = weight.abs().amax(-1, keepdim=True) / 7
+        levels = (weight / scale).round().clamp(-7, 7).add(8).to(torch.uint8)
+        self.register_buffer("packed", levels[:, ::2] * 16 + levels[:, 1::2])
+        self.register_buffer("scale", scale)
+        self.lost = False
+
+    def forward(self, hidden):
+        self.lost |= not self.training and not hidden.requires_grad
+        levels = torch.stack([self.packed // 16, self.packed % 16], -1).flatten(1).float() - 8
+        logits = functional.linear(hidden, levels * self.scale)
+        return logits.detach() if self.lost else logits
+
+
+def test_a_4_bit_head_is_right(tmp_path):
+    found, settings = [], {"chunk_size": 3, "optim": "sgd", "learning_rate": 0.1, "max_steps": 2}
+    for fused in (True, False):
+        student, teacher = tiny.llama(0), tiny.llama(1)
+        for model in (student, teacher):
+            model.lm_head = FourBit(model.lm_head.weight.detach())
+        lora = get_peft_model(student, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in lora.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(0.0, 0.1, generator=generator)
+        trainer = build(tmp_path, model=lora, teacher=teacher, fused_head=fused, **settings)
+        start = weights(trainer)
+        trainer.train()
+        found.append((weights(trainer), logged(trainer, "loss")))
+    assert distance(start, found[1][0]) > 1e-3
+    assert distance(*(one for one, _ in found)) < 1e-6
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
 
 
 def test_what_is_frozen_gets_no_gradient_and_no_room():

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.arrow_writer import ArrowWriter
+from datasets.utils import tqdm
 from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor
@@ -119,7 +120,9 @@ def store_teacher_logits(
         "dtype": dtype,
         "rows_per_shard": rows_per_shard,
     }
-    manifest = _begin(folder, wanted, len(dataset) if isinstance(dataset, Dataset) else None)
+    total = len(dataset) if isinstance(dataset, Dataset) else None
+    manifest = _begin(folder, wanted, total)
+    progress = tqdm(total=total, desc="Storing the teacher's logits", unit="row")
     done, rows = 0, 0
     modes = {module: module.training for module in teacher.modules()}
     teacher.eval()
@@ -129,13 +132,14 @@ def store_teacher_logits(
             digest = rows_hash(table)
             if done < len(manifest["shards"]):
                 check_rows(manifest["shards"][done], digest, rows, folder)
+                progress.update(len(shard))
             elif manifest["rows"] is not None:
                 raise ValueError(f"{folder} is finished with {manifest['rows']} rows, and this dataset has more.")
             else:
                 if done == 0:
                     _check_settled(shard, teacher, data_collator, batch_size)
                 found = _Stored(teacher, task, classes, wanted["k"], data_collator)
-                columns = found.run(shard, batch_size)
+                columns = found.run(shard, batch_size, progress)
                 file = f"shard-{done:05d}.arrow"
                 _write(folder / file, table, shard.features, columns, dtype, classes)
                 entry = {"file": file, "rows": len(shard), "rows_sha256": digest, "sha256": file_hash(folder / file)}
@@ -143,6 +147,7 @@ def store_teacher_logits(
                 write_manifest(folder, manifest)
             done, rows = done + 1, rows + len(shard)
     finally:
+        progress.close()
         for module, training in modes.items():
             module.training = training
     if done < len(manifest["shards"]):
@@ -257,7 +262,7 @@ class _Stored:
         self.settings = without_cache(teacher)
 
     @torch.no_grad()
-    def run(self, shard: Dataset, batch_size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def run(self, shard: Dataset, batch_size: int, progress: tqdm) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """The ids and the log-probs of each row, flat."""
         found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for rows in _batches(shard, self.teacher, batch_size):
@@ -276,6 +281,7 @@ class _Stored:
                 found, (torch.cat([ids for _, ids in parts]), torch.cat([best for best, _ in parts])), strict=True
             ):
                 kept += [row.flatten().numpy() for row in values.cpu().split(counts)]
+            progress.update(len(rows))
         return found
 
     def logits(self, batch: dict[str, Any], wanted: Int[Tensor, "B ..."]) -> Float[Tensor, "N C"]:
