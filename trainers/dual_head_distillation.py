@@ -291,11 +291,11 @@ class DualHeadDistillationTrainer(ExtraHeadMixin):
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Keep what the student's classifier reads and gives; with an adapter as teacher, of the last forward alone."""
+        """Keep what the student's classifier reads, and gives where one row of several counts; with an adapter as teacher, of the last forward alone."""
         self._seen = []
 
         def keep(module: Any, args: Any, output: Any) -> None:
-            self._seen = [args[0], output]
+            self._seen = [args[0], output if self._wanted.dim() == 1 else None]
 
         handle = self._classifier.register_forward_hook(keep)
         try:

@@ -329,7 +329,10 @@ class USKDTrainer(ExtraHeadMixin):
         self, student: Float[Tensor, "N ... C"], teacher: Tensor | None, labels: Int[Tensor, " N"], *stored: Tensor
     ) -> Any:
         student, self._weak = student.unbind(1) if student.dim() == 3 else (student, None)
-        return super().weigh(student, teacher, labels, *stored)
+        try:
+            return super().weigh(student, teacher, labels, *stored)
+        finally:
+            self._weak = None  # or it would outlive its chunk
 
     def terms(
         self, student: Float[Tensor, "N C"], teacher: Float[Tensor, "N C"] | None, labels: Int[Tensor, " N"]
