@@ -11,15 +11,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    DataCollatorForLanguageModeling,
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_logits.checks import check_count
@@ -27,7 +19,7 @@ from hf_logits.fused_head import Head, fused_loss, inside
 from hf_logits.meters import MeteredMixin, compare
 from hf_logits.resumable import RenamedWeightsMixin, ResumableMixin
 from hf_logits.stored_teacher import IDS, LOG_PROBS, TeacherLogitsCollator, check_stored, stored_fingerprint, stored_of
-from hf_logits.tasks import LANGUAGE, bare, check_one_class, shared_classes, targets, task_of, valid_rows
+from hf_logits.tasks import LANGUAGE, bare, check_one_class, collator_for, shared_classes, targets, task_of, valid_rows
 from hf_logits.teachers import check_apart, fingerprint, freeze, place, teaching, without_cache
 
 
@@ -151,7 +143,7 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
             )
             freeze(teacher)
         if rest.get("data_collator") is None:
-            rest["data_collator"] = self._collator(model, tokenizer)
+            rest["data_collator"] = collator_for(task, model, tokenizer)
         super().__init__(model, args, **rest)
         if stored is not None:
             self.data_collator = TeacherLogitsCollator(self.data_collator, k=stored["k"], task=task)
@@ -499,13 +491,3 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
         raise ValueError(
             f"{type(self).__name__} needs all of a teacher's logits, and this dataset has its {stored['k']} best: give the teacher itself."
         )
-
-    def _collator(self, model: Any, tokenizer: Any) -> Any:
-        """The host's default does not pad labels."""
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            return None
-        if self.task in ("causal_lm", "seq2seq"):
-            return DataCollatorForSeq2Seq(tokenizer, bare(model))
-        if self.task == "token_classification":
-            return DataCollatorForTokenClassification(tokenizer)
-        return DataCollatorForLanguageModeling(tokenizer) if self.task == "masked_lm" else None
