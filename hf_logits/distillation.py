@@ -1,8 +1,9 @@
 """Distillation on [`~transformers.Trainer`]: what every method needs, and no method."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    DataCollatorForLanguageModeling,
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_logits.checks import check_count
@@ -26,7 +19,7 @@ from hf_logits.fused_head import Head, fused_loss, inside
 from hf_logits.meters import MeteredMixin, compare
 from hf_logits.resumable import RenamedWeightsMixin, ResumableMixin
 from hf_logits.stored_teacher import IDS, LOG_PROBS, TeacherLogitsCollator, check_stored, stored_fingerprint, stored_of
-from hf_logits.tasks import LANGUAGE, bare, check_one_class, shared_classes, targets, task_of, valid_rows
+from hf_logits.tasks import LANGUAGE, bare, check_one_class, collator_for, shared_classes, targets, task_of, valid_rows
 from hf_logits.teachers import check_apart, fingerprint, freeze, place, teaching, without_cache
 
 
@@ -90,8 +83,8 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
 
     args: DistillationConfig
     _signature_columns: Any
-    rowwise: bool = True
-    """Whether a row's terms depend on that row alone; else they get all rows of a batch at once."""
+    between: tuple[str, ...] = ()
+    """Terms that compare rows with each other, in [`terms_between`]."""
     needs_teacher: bool = True
     loss_is_scaled_for_ga = True
     _config: type[DistillationConfig] = DistillationConfig
@@ -150,7 +143,7 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
             )
             freeze(teacher)
         if rest.get("data_collator") is None:
-            rest["data_collator"] = self._collator(model, tokenizer)
+            rest["data_collator"] = collator_for(task, model, tokenizer)
         super().__init__(model, args, **rest)
         if stored is not None:
             self.data_collator = TeacherLogitsCollator(self.data_collator, k=stored["k"], task=task)
@@ -173,7 +166,7 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
     def terms(
         self, student: Float[Tensor, "N C"], teacher: Float[Tensor, "N C"] | None, labels: Int[Tensor, " N"]
     ) -> dict[str, Float[Tensor, " N"]]:
-        """The parts of the loss before their weights, one value a row.
+        """The parts of the loss before their weights, one value a row, which depends on that row alone.
 
         Args:
             student, teacher: logits of the rows that predict something, in float32 or better.
@@ -190,6 +183,22 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
     ) -> dict[str, Float[Tensor, " N"]]:
         """The same parts, where all that is known of the teacher are its best tokens; see [`_check_stored`]."""
         raise NotImplementedError
+
+    def terms_between(
+        self, student: Float[Tensor, "M C"], teacher: Float[Tensor, "M C"] | None, labels: Int[Tensor, " M"]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The parts that compare the rows which [`compared`] chooses with each other, one value for all of them."""
+        raise NotImplementedError
+
+    def compared(self, rows: int) -> Int[Tensor, " M"] | None:
+        """Which of a batch's rows [`terms_between`] gets: all their logits are in memory at once. `None`: there are no such parts."""
+        return None
+
+    def fused_rows(
+        self, hidden: Float[Tensor, "N D"], labels: Int[Tensor, " N"]
+    ) -> tuple[Float[Tensor, "N ... D"], Callable[[Tensor], Tensor]]:
+        """What the fused head reads of a batch's rows, and how it gives their logits. A method that reads more overrides this."""
+        return hidden, self._student_head
 
     def term_weights(self) -> dict[str, float]:
         """What each term is multiplied by. May depend on `self.state.global_step`, so that a resumed run goes on alike."""
@@ -214,19 +223,23 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
             student, labels = valid_rows(outputs.logits, wanted)
             rows = len(labels)
             total, sums = self.weigh(student, taught, labels, *stored)
+            if rows and (chosen := self.compared(rows)) is not None:
+                chosen = chosen.to(student.device)
+                some = None if taught is None else taught[chosen]
+                more, found = self.weigh_between(rows, student[chosen], some, labels[chosen])
+                total, sums = total + more, sums | found
         loss = self._normalise(total, rows, num_items_in_batch)
-        self.meters["train" if self._unwrapped.training else "eval"].add(sums, rows)
+        self.meters["train" if self._unwrapped.training else "eval"].add(sums | {"loss": total.detach()}, rows)
         return (loss, outputs) if return_outputs else loss
 
     def _fused_total(
         self, inputs: dict[str, Any], wanted: Int[Tensor, "B L"], stored: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]], int]:
         """The loss summed over the rows, through heads that see a chunk of them at a time."""
-        valid, read, teacher_hidden = wanted != -100, None, None
+        valid, teacher_hidden = wanted != -100, None
         with self._teaching() as teacher:
             if teacher is not None:
-                read = self._teacher_head or self._student_head
-                with read.spared() as seen:
+                with (self._teacher_head or self._student_head).spared() as seen:
                     teacher(**inputs, **self._teacher_settings)
                 teacher_hidden = seen[0][:, -wanted.size(1) :][valid]
         with self._student_head.spared() as seen:
@@ -240,50 +253,44 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
             with self._teaching() if self._head_adapted else contextlib.nullcontext():
                 return self._student_head(rows)
 
-        def weigh(*given: Any) -> Any:
+        def plainly(*given: Any, weigh: Any = self.weigh) -> Any:
             with self._plain():
-                return self.weigh(*given)
+                return weigh(*given)
 
         labels = wanted[valid]
+        rows = len(labels)
+        chosen = self.compared(rows) if rows else None
+        between = partial(plainly, weigh=partial(self.weigh_between, rows))
         with self.accelerator.autocast():
+            read, head = self.fused_rows(hidden, labels)
             total, sums = fused_loss(
-                hidden,
-                self._student_head,
+                read,
+                head,
                 labels,
-                weigh,
+                plainly,
                 chunk_size=self.args.chunk_size,
                 teacher_hidden=teacher_hidden,
                 teacher_head=teach,
                 stored=stored,
+                between=None if chosen is None else (chosen.to(labels.device), between),
             )
-        return total, sums, len(labels)
+        return total, sums, rows
 
     def _plain(self) -> Any:
         """No autocast: not in the loss, nor for a teacher, which has a dtype of its own."""
         return torch.autocast(self.args.device.type, enabled=False)
 
-    @torch.no_grad()
     def _heads_stand_alone(self, inputs: dict[str, Any]) -> bool:
         """Whether the heads give the models' logits from hidden states alone: tried out once, on the first batch."""
         if self._heads_tried:
             return True
-        pairs = [(self._unwrapped, self._student_head)]
-        pairs += [] if self._teacher_head is None else [(self.teacher, self._teacher_head)]
-        for model, head in pairs:
-            try:
-                # The mode stays: 4-bit layers that are read in evaluation mode on a CPU lose their gradient for good.
-                with torch.random.fork_rng(), head.spared() as seen:
-                    whole = model(**inputs).logits[:, 0].float()
-                alone = head(seen[0][:, 0]).float()
-                fits = bool((whole - alone).abs().max() <= 0.02 * whole.abs().max())
-                reason = f"the head of {type(bare(model)).__name__} needs more than the hidden state of a token"
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                fits, reason = False, f"the head of {type(bare(model)).__name__} does not run by itself ({error})"
-            if not fits:
-                self._not_fused(reason)
-                return False
-        self._heads_tried = True
-        return True
+        reason = self._student_head.fails(self._unwrapped, inputs)
+        if reason is None and self._teacher_head is not None:
+            reason = self._teacher_head.fails(self.teacher, inputs)
+        if reason is not None:
+            self._not_fused(reason)
+        self._heads_tried = reason is None
+        return self._heads_tried
 
     def _not_fused(self, reason: str) -> None:
         if self.args.fused_head:
@@ -297,8 +304,6 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if self.task not in LANGUAGE:
             self._not_fused(f"{self.task} has few classes")
-        elif not self.rowwise:
-            self._not_fused("this loss compares the rows of a batch with each other")
         elif self.args.torch_compile:
             self._not_fused("torch_compile compiles the whole forward")
         elif self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
@@ -322,21 +327,39 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
         """The weighted terms summed over the rows, and the sums that are logged."""
         if not len(labels):  # a graph without rows still reaches every weight, for processes that wait for gradients
             return student.sum(), {}
-        if self.classes is not None:  # both are cut before the softmax: padding of a vocabulary is no token
-            student = student[:, : self.classes]
-            teacher = None if teacher is None else teacher[:, : self.classes]
+        student, teacher = self._cut(student, teacher)
         terms = self.stored_terms(student, labels, *stored) if stored else self.terms(student, teacher, labels)
-        weights = self.term_weights()
-        if terms.keys() != weights.keys():
-            raise ValueError(f"{type(self).__name__} has terms {sorted(terms)} and weights of {sorted(weights)}.")
-        sums = {name: term.sum() for name, term in terms.items()}
-        # a weight of zero turns a term off even where it is infinite
-        parts = [weights[name] * sums[name] if weights[name] else term[:0].sum() for name, term in terms.items()]
-        total = torch.stack(parts).sum()
-        logged = compare(student.detach(), teacher, labels) | sums | {"loss": total}
+        total, sums = self._add_up({name: term.sum() for name, term in terms.items()}, between=False)
+        logged = compare(student.detach(), teacher, labels) | sums
         if stored:
             logged["agreement"] = (student.argmax(-1) == stored[0][:, 0]).sum().to(total.dtype)
-        return total, {name: value.detach() for name, value in logged.items()}
+        return total, logged
+
+    def weigh_between(
+        self,
+        rows: int,
+        student: Float[Tensor, "M C"],
+        teacher: Float[Tensor, "M T"] | None,
+        labels: Int[Tensor, " M"],
+        *stored: Shaped[Tensor, "M k"],
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """The weighted terms between some of a batch's rows, as if each of the `rows` in it had them."""
+        terms = self.terms_between(*self._cut(student, teacher), labels)
+        return self._add_up({name: rows * value for name, value in terms.items()}, between=True)
+
+    def _cut(self, student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Both to the classes that they share, before the softmax: padding of a vocabulary is no token."""
+        return student[:, : self.classes], None if teacher is None else teacher[:, : self.classes]
+
+    def _add_up(
+        self, sums: dict[str, Float[Tensor, ""]], *, between: bool
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        weights = {name: value for name, value in self.term_weights().items() if (name in self.between) == between}
+        if sums.keys() != weights.keys():
+            raise ValueError(f"{type(self).__name__} has terms {sorted(sums)} and weights of {sorted(weights)}.")
+        # a weight of zero turns a term off even where it is infinite
+        parts = [weights[name] * one if weights[name] else one.view(1)[:0].sum() for name, one in sums.items()]
+        return torch.stack(parts).sum(), {name: value.detach() for name, value in sums.items()}
 
     def _normalise(self, total: Float[Tensor, ""], rows: int, items: Any) -> Float[Tensor, ""]:
         if items is None:
@@ -477,13 +500,3 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
         raise ValueError(
             f"{type(self).__name__} needs all of a teacher's logits, and this dataset has its {stored['k']} best: give the teacher itself."
         )
-
-    def _collator(self, model: Any, tokenizer: Any) -> Any:
-        """The host's default does not pad labels."""
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            return None
-        if self.task in ("causal_lm", "seq2seq"):
-            return DataCollatorForSeq2Seq(tokenizer, bare(model))
-        if self.task == "token_classification":
-            return DataCollatorForTokenClassification(tokenizer)
-        return DataCollatorForLanguageModeling(tokenizer) if self.task == "masked_lm" else None

@@ -58,6 +58,10 @@ class ExtraHeadMixin(DistillationTrainer):
         assert self._extra is not None
         return torch.stack([0.0 * parameter.sum() for parameter in self._extra.parameters()]).sum()
 
+    def weigh(self, student: Tensor, teacher: Tensor | None, labels: Tensor, *stored: Tensor) -> Any:
+        total, sums = super().weigh(student, teacher, labels, *stored)
+        return total if self._extra is None or len(labels) else total + self.keep_alive(), sums
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict is not None:
             state_dict = {name: value for name, value in state_dict.items() if f"{NAME}." not in name}

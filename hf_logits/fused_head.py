@@ -85,6 +85,20 @@ class Head:
             behind -= set(self._whole.get_encoder().modules())
         return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in behind)
 
+    @torch.no_grad()
+    def fails(self, model: Any, inputs: dict[str, Any]) -> str | None:
+        """Why it does not give a model's logits from hidden states alone, tried out on these inputs. `None`: it does."""
+        try:
+            # The mode stays: 4-bit layers that are read in evaluation mode on a CPU lose their gradient for good.
+            with torch.random.fork_rng(), self.spared() as seen:
+                whole = model(**inputs).logits[:, 0].float()
+            difference = whole - self(seen[0][:, 0]).float()
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            return f"the head of {type(self._whole).__name__} does not run by itself ({error})"
+        if bool(difference.abs().max() <= 0.02 * whole.abs().max()):
+            return None
+        return f"the head of {type(self._whole).__name__} needs more than the hidden state of a token"
+
     def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         given: dict[str, Any] = {}
         if self._reads_encoder:
@@ -134,7 +148,7 @@ def _class_forward(module: Any) -> Iterator[None]:
 
 
 def fused_loss(
-    hidden: Float[Tensor, "N D"],
+    hidden: Float[Tensor, "N ... D"],
     head: Callable[[Tensor], Tensor],
     labels: Int[Tensor, " N"],
     loss: Loss,
@@ -143,6 +157,7 @@ def fused_loss(
     teacher_hidden: Float[Tensor, "N E"] | None = None,
     teacher_head: Callable[[Tensor], Tensor] | None = None,
     stored: Sequence[Shaped[Tensor, "N ..."]] = (),
+    between: tuple[Int[Tensor, " M"], Loss] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """A loss that is summed over rows, of logits that exist for `chunk_size` rows at a time.
 
@@ -153,34 +168,38 @@ def fused_loss(
         head, teacher_head: from some of these rows to their logits.
         loss: see [`Loss`]. Rows must not depend on each other.
         stored: what else belongs to each row, handed to the loss.
+        between: a few rows, and one more loss that gets all of them at once because it compares them.
     """
     trained = torch.is_grad_enabled()
     total, sums = torch.zeros((), device=hidden.device), dict[str, Tensor]()
-    leaves: list[Tensor] = []
+    leaves: list[Tensor] | None = None
     gradients: list[Tensor | None] = []
     of_hidden = torch.zeros_like(hidden) if trained and hidden.requires_grad else None
-    for start in range(0, max(1, len(labels)), chunk_size):
-        part = slice(start, start + chunk_size)
+    starts = range(0, max(1, len(labels)), chunk_size)
+    parts: list[tuple[Any, Loss]] = [(slice(start, start + chunk_size), loss) for start in starts]
+    for part, of_part in parts if between is None else [*parts, between]:
         taught = None
         if teacher_head is not None and teacher_hidden is not None and len(labels):
             with torch.no_grad():
                 taught = widen(teacher_head(teacher_hidden[part]))
         rows = hidden[part].detach().requires_grad_(of_hidden is not None)
-        value, found = loss(widen(head(rows)), taught, labels[part], *(one[part] for one in stored))
+        value, found = of_part(widen(head(rows)), taught, labels[part], *(one[part] for one in stored))
         del taught
         if trained and value.requires_grad:
-            if start == 0:
+            if leaves is None:
                 leaves = [leaf for leaf in _leaves(value) if leaf is not rows]
                 gradients = [None] * len(leaves)
             wanted = [*([rows] if of_hidden is not None else []), *leaves]
             fresh = list(torch.autograd.grad(value, wanted, allow_unused=True))
             if of_hidden is not None and (first := fresh.pop(0)) is not None:
-                of_hidden[part] = first
+                of_hidden[part] += first
             gradients = [_add(before, new) for before, new in zip(gradients, fresh, strict=True)]
+            del fresh
         total = total + value.detach()
-        sums = {name: sums[name] + one if sums else one for name, one in found.items()}
+        sums |= {name: sums[name] + one if name in sums else one for name, one in found.items()}
     if not trained:
         return total, sums
+    leaves = leaves or []
     if of_hidden is not None:
         leaves, gradients = [hidden, *leaves], [of_hidden, *gradients]
     return _Formed.apply(total, gradients, *leaves), sums
@@ -189,8 +208,8 @@ def fused_loss(
 def _add(before: Tensor | None, new: Tensor | None) -> Tensor | None:
     if new is None:
         return before
-    if before is None:
-        return widen(new)
+    if before is None:  # a copy: autograd may give two leaves one tensor, or a tensor that repeats one number
+        return new.to(torch.promote_types(new.dtype, torch.float32), copy=True)
     return before.add_(new)
 
 

@@ -6,7 +6,13 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_logits.class_logits import widen
 from hf_logits.prompts import check_same_tokenizer
@@ -40,6 +46,17 @@ def task_of(model: PreTrainedModel | PeftModel) -> str | None:
             if base.__name__.endswith(ending):
                 return "seq2seq" if task == "causal_lm" and whole.config.is_encoder_decoder else task
     return None
+
+
+def collator_for(task: str, model: PreTrainedModel | PeftModel, tokenizer: Any) -> Any:
+    """What makes batches of labelled rows, where [`~transformers.Trainer`]'s default would not pad or make their labels, else `None`."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return None
+    if task in ("causal_lm", "seq2seq"):
+        return DataCollatorForSeq2Seq(tokenizer, bare(model))
+    if task == "token_classification":
+        return DataCollatorForTokenClassification(tokenizer)
+    return DataCollatorForLanguageModeling(tokenizer) if task == "masked_lm" else None
 
 
 def targets(labels: Shaped[Tensor, "B ..."], task: str) -> Shaped[Tensor, "B ..."]:

@@ -31,13 +31,19 @@ class Plain(DistillationTrainer):
 
 
 class Together(Plain):
-    """Rows that look at each other."""
+    """All rows but the first look at each other."""
 
-    rowwise = False
+    between = ("apart",)
 
-    def terms(self, student, teacher, labels):
-        found = super().terms(student, teacher, labels)
-        return found | {"kl": found["kl"] * len(labels)}
+    def compared(self, rows):
+        return torch.arange(1, rows)
+
+    def terms_between(self, student, teacher, labels):
+        self.__dict__.setdefault("together", []).append(labels)
+        return {"apart": torch.cdist(student, teacher).mean()}
+
+    def term_weights(self):
+        return {**super().term_weights(), "apart": 0.3}
 
 
 class Alone(Plain):
@@ -274,12 +280,15 @@ def test_an_empty_batch_is_no_nan_where_logits_are_excluded(tmp_path):
     assert total.item() == 0.0 and not sums
 
 
-def test_losses_that_compare_rows_get_all_of_them_at_once(tmp_path):
-    trainer = build(tmp_path, trainer=Together, chunk_size=1, max_steps=1, data=texts(2))
+@both
+def test_losses_that_compare_rows_get_all_that_they_choose_at_once(fused, tmp_path):
+    trainer = build(tmp_path, trainer=Together, fused_head=fused, chunk_size=1, max_steps=1, data=texts(2))
     trainer.train()
-    assert len(trainer.seen) == 1 and len(trainer.seen[0][2]) > 2
-    with pytest.raises(ValueError, match="compares the rows"):
-        build(tmp_path, trainer=Together, fused_head=True)
+    rows = torch.cat([labels for _, _, labels in trainer.seen])
+    assert len(trainer.seen) == (1 if fused is False else len(rows))
+    assert len(trainer.together) == 1 and torch.equal(trainer.together[0], rows[1:])
+    (loss, kl, apart) = (logged(trainer, name)[0] for name in ("loss", "distillation/kl", "distillation/apart"))
+    assert loss == pytest.approx(kl + 0.3 * apart, rel=1e-3) and apart > 0
 
 
 # --- normalisation and logs ----------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -35,6 +36,14 @@ class _LogCosh(torch.autograd.Function):
         return gradients[0] * x.tanh()
 
 
+def standardise(logits: Float[Tensor, "N C"], banned: Bool[Tensor, "N C"]) -> Float[Tensor, "N C"]:
+    """Each row less its mean, over its standard deviation, among the classes that are not banned. Equal ones become 0."""
+    count, kept = (~banned).sum(-1, keepdim=True).clamp(min=1), logits.masked_fill(banned, 0.0)
+    centred = (kept - kept.sum(-1, keepdim=True) / count).masked_fill(banned, 0.0)
+    variance = centred.square().sum(-1, keepdim=True) / count
+    return centred / torch.where(variance > 0, variance, 1.0).sqrt()
+
+
 def binary_kl_norm(
     student_logits: Float[Tensor, "N C"],
     teacher_logits: Float[Tensor, "N C"],
@@ -42,10 +51,14 @@ def binary_kl_norm(
     temperature: float,
     center: bool,
     mean_over_classes: bool,
+    normalise: bool,
 ) -> Float[Tensor, " N"]:
     """The rows of [`binary_kl_norm_loss`]."""
-    banned = student_logits.isneginf() & teacher_logits.isneginf()  # does not differ
-    difference = (student_logits - teacher_logits.detach()).masked_fill(banned, 0.0)
+    student, teacher = student_logits, teacher_logits.detach()
+    banned = student.isneginf() & teacher.isneginf()  # does not differ
+    if normalise:
+        student, teacher = standardise(student, banned), standardise(teacher, banned)
+    difference = (student - teacher).masked_fill(banned, 0.0)
     if center:
         mean = difference.sum(-1, keepdim=True) / (~banned).sum(-1, keepdim=True).clamp(min=1)
         difference = (difference - mean).masked_fill(banned, 0.0)
@@ -61,6 +74,7 @@ def binary_kl_norm_loss(
     temperature: float,
     center: bool = False,
     mean_over_classes: bool = False,
+    normalise: bool = False,
 ) -> Float[Tensor, ""]:
     """`T^2 sum_c KL(Bern(1/2) || Bern(sigmoid((s_c - t_c) / T)))`, averaged over the rows.
 
@@ -73,6 +87,8 @@ def binary_kl_norm_loss(
         center: whether each row's mean is taken off first [ours]. Language models' logits are only defined up to it. Without, the
             loss sees a shift of a row.
         mean_over_classes: whether classes are averaged in place of summed [ours], so that vocabularies do not blow it up.
+        normalise: whether each row, of both, is first brought to mean 0 and standard deviation 1 [ours], for teachers whose logits
+            have another scale than the student's. The loss sees neither shift nor scale of a row then, and `T / 2N` is no bound.
 
     Raises:
         ValueError: shapes that do not fit, no rows, `temperature <= 0`.
@@ -85,6 +101,7 @@ def binary_kl_norm_loss(
         temperature=temperature,
         center=center,
         mean_over_classes=mean_over_classes,
+        normalise=normalise,
     )
     return rows.mean()
 
@@ -116,13 +133,15 @@ def project_gradient(
     return projected
 
 
-HEADS = ("linear", "nonlinear")
+HEADS = ("linear", "low_rank", "nonlinear")
 
 
 def build_head(kind: str, width: int, classes: int, *, inner: int) -> nn.Module:
-    """The auxiliary head: one layer, or the authors' Linear, Dropout(0.1), BatchNorm, ReLU, Linear."""
+    """The auxiliary head: one layer, two with few numbers between them, or the authors' Linear, Dropout(0.1), BatchNorm, ReLU, Linear."""
     if kind == "linear":
         return nn.Linear(width, classes)
+    if kind == "low_rank":
+        return nn.Sequential(nn.Linear(width, inner, bias=False), nn.Linear(inner, classes))
     return nn.Sequential(
         nn.Linear(width, inner), nn.Dropout(0.1), nn.BatchNorm1d(inner), nn.ReLU(), nn.Linear(inner, classes)
     )
@@ -139,7 +158,7 @@ def find_classifier(model: Any, classes: int) -> nn.Linear:
             f"{type(whole).__name__} has no linear layer with {classes} outputs to put a second head beside."
         )
     # of a classifier that PEFT has copied, the copy is trained; of a head with LoRA, the layer itself comes first
-    return found[-1] if output is None else found[0]
+    return found[-1] if output is None or isinstance(output, ModulesToSaveWrapper) else found[0]
 
 
 @dataclass
@@ -153,27 +172,32 @@ class DualHeadDistillationConfig(DistillationConfig):
         ce_weight (`float`, *optional*, defaults to `1.0`): weight of the labels' cross-entropy on the head that is kept.
         temperature (`float`, *optional*, defaults to `2.0`): of the auxiliary loss.
         head (`str`, *optional*, defaults to `"linear"`):
-            `"linear"` or `"nonlinear"`: Linear, Dropout, BatchNorm, ReLU, Linear, as the authors take for CIFAR-100.
-        head_width (`int`, *optional*, defaults to `200`): of the nonlinear head.
+            `"linear"`; `"nonlinear"`: Linear, Dropout, BatchNorm, ReLU, Linear, as the authors take for CIFAR-100; or `"low_rank"`:
+            two linear layers with `head_width` numbers between them, for language models, whose linear head would be as large as
+            the first one [ours].
+        head_width (`int`, *optional*, defaults to `200`): of the nonlinear head, and of that of low rank.
         gradient_alignment (`bool`, *optional*, defaults to `False`):
             Whether what works against the cross-entropy is taken out of the auxiliary loss's gradient, as the authors do for
-            CIFAR-100. Costs a second backward and a copy of the gradients.
+            CIFAR-100. Costs a second backward and a copy of the gradients. All logits of a language model are in memory then.
         auxiliary_epochs (`float`, *optional*): epochs after which the auxiliary loss stops; 50 of 100 on ImageNet in the released code.
         center (`bool`, *optional*):
             Whether the mean of each row's logits does not count. `None`: for language models [ours].
         mean_over_classes (`bool`, *optional*):
             Whether classes are averaged in place of summed. `None`: for language models [ours].
+        normalise (`bool`, *optional*, defaults to `False`):
+            Whether each row of both logits is brought to one mean and scale in the auxiliary loss, see [`binary_kl_norm_loss`] [ours].
     """
 
     auxiliary_weight: float = field(default=1.0, metadata={"help": "Weight of the auxiliary head's loss."})
     ce_weight: float = field(default=1.0, metadata={"help": "Weight of the labels' cross-entropy."})
     temperature: float = field(default=2.0, metadata={"help": "Of the auxiliary loss."})
     head: str = field(default="linear", metadata={"help": "The auxiliary head.", "choices": list(HEADS)})
-    head_width: int = field(default=200, metadata={"help": "Of the nonlinear head."})
+    head_width: int = field(default=200, metadata={"help": "Of a nonlinear or low-rank head."})
     gradient_alignment: bool = field(default=False, metadata={"help": "Whether the auxiliary gradient is projected."})
     auxiliary_epochs: float | None = field(default=None, metadata={"help": "Epochs with the auxiliary loss."})
     center: bool | None = field(default=None, metadata={"help": "Whether the mean of a row's logits does not count."})
     mean_over_classes: bool | None = field(default=None, metadata={"help": "Whether classes are averaged."})
+    normalise: bool = field(default=False, metadata={"help": "Whether rows of both logits are brought to one scale."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,9 +218,10 @@ class DualHeadDistillationTrainer(ExtraHeadMixin):
     head reads what the classifier reads. It is in resume checkpoints, and not in what is saved of the model.
 
     Beside the released code: the loss is finite at any scale, the optimizer steps once, and the auxiliary gradient is projected once
-    a step, after all micro-batches and processes. The loss depends on the scale of the teacher's logits. For language models, whose
-    second head is as large as the first and whose logits are all in memory at once, there are `center` and `mean_over_classes`
-    [ours]. Do not expect much of it in short runs or with few classes.
+    a step, after all micro-batches and processes. The loss depends on the scale of the teacher's logits, unless `normalise` is set.
+    For language models there are `head="low_rank"`, `center` and `mean_over_classes` [ours]. Both of their heads run on a chunk of the
+    tokens at a time, except with `head="nonlinear"`, which normalises over a batch, or with `gradient_alignment`. Do not expect much
+    of it in short runs or with few classes.
 
     Logged under `distillation/`: `cross_entropy`, `auxiliary`, and the common meters. Arguments as in
     [`~hf_logits.distillation.DistillationTrainer`].
@@ -243,7 +268,12 @@ class DualHeadDistillationTrainer(ExtraHeadMixin):
     def _prepare_heads(self, model: Any, teacher: Any) -> None:
         super()._prepare_heads(model, teacher)
         if self._fused and self.args.auxiliary_weight:
-            self._not_fused("the auxiliary head reads the hidden states of a batch")
+            if self.args.head == "nonlinear":
+                self._not_fused(
+                    'head="nonlinear" normalises over all tokens of a batch, "linear" and "low_rank" do not'
+                )
+            elif self.args.gradient_alignment:
+                self._not_fused("gradient_alignment needs the gradients of two losses apart")
 
     def _is_on(self) -> bool:
         """A function of the trainer's state, so that a resumed run stops where an unbroken one does."""
@@ -261,11 +291,11 @@ class DualHeadDistillationTrainer(ExtraHeadMixin):
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Keep what the student's classifier reads and gives; with an adapter as teacher, of the last forward alone."""
+        """Keep what the student's classifier reads, and gives where one row of several counts; with an adapter as teacher, of the last forward alone."""
         self._seen = []
 
         def keep(module: Any, args: Any, output: Any) -> None:
-            self._seen = [args[0], output]
+            self._seen = [args[0], output if self._wanted.dim() == 1 else None]
 
         handle = self._classifier.register_forward_hook(keep)
         try:
@@ -276,6 +306,8 @@ class DualHeadDistillationTrainer(ExtraHeadMixin):
 
     def _features(self, student: Float[Tensor, "N C"]) -> Float[Tensor, "N D"]:
         read, given = self._seen
+        if read.shape[:2] == (1, len(student)):  # a chunk of rows that count, which a fused head has read
+            return read[0]
         if self._wanted.dim() == 2:
             return valid_rows(read, self._wanted)[0]
         valid = self._wanted != -100
@@ -304,12 +336,13 @@ class DualHeadDistillationTrainer(ExtraHeadMixin):
                 'dataloader_drop_last=True, or head="linear".'
             )
         auxiliary = widen(self._extra(features))[:, : student.size(-1)]
-        options = {"center": self.args.center, "mean_over_classes": self.args.mean_over_classes}
+        defaults = {"center": self.args.center, "mean_over_classes": self.args.mean_over_classes}
         found["auxiliary"] = binary_kl_norm(
             auxiliary,
             teacher,
             temperature=self.args.temperature,
-            **{name: language if value is None else value for name, value in options.items()},
+            normalise=self.args.normalise,
+            **{name: language if value is None else value for name, value in defaults.items()},
         )
         if self.args.gradient_alignment:
             self._parts = [(weight * found[name].sum(), len(labels)) for name, weight in self.term_weights().items()]

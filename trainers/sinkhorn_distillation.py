@@ -240,7 +240,8 @@ class SinkhornDistillationConfig(DistillationConfig):
             Whether the distance is multiplied by 0.001 and the rows of the batch, as in the released code. Its weight then grows with
             the batch.
         max_tokens (`int`, *optional*, defaults to `256`):
-            Tokens that are compared in a batch; more are drawn from. Language models and token classifiers only [ours].
+            Tokens that are compared in a batch; more are drawn from. Language models and token classifiers only [ours]. All logits
+            of these tokens are in memory at once, also where a language model's head is fused: it then reads them a second time.
         top_k (`int`, *optional*, defaults to `8`):
             Language models compare the union of the teacher's `top_k` tokens at each of them, and the rest as one class [ours].
     """
@@ -283,7 +284,7 @@ class SinkhornDistillationTrainer(DistillationTrainer):
     """
 
     args: SinkhornDistillationConfig
-    rowwise = False
+    between = ("sinkhorn",)
     _config = SinkhornDistillationConfig
     _name = "Sinkhorn distillation"
     _tag_names = ["hf_logits", "sinkhorn-distillation"]
@@ -305,28 +306,31 @@ class SinkhornDistillationTrainer(DistillationTrainer):
     ) -> dict[str, Float[Tensor, " N"]]:
         assert teacher is not None
         softened = (teacher / self.args.kd_temperature).softmax(-1)
-        found = {
+        return {
             "cross_entropy": cross_entropy(student, labels, reduction="none"),
             "soft_cross_entropy": -expected(softened, (student / self.args.kd_temperature).log_softmax(-1)),
         }
-        if self.args.sinkhorn_weight:
-            found["sinkhorn"] = self._distance(student, teacher).expand(len(labels))
-        return found
 
     def term_weights(self) -> dict[str, float]:
         weights = {"cross_entropy": self.args.ce_weight, "soft_cross_entropy": self.args.kd_weight}
         return weights | ({"sinkhorn": self.args.sinkhorn_weight} if self.args.sinkhorn_weight else {})
 
-    def _distance(self, student: Float[Tensor, "N C"], teacher: Float[Tensor, "N C"]) -> Float[Tensor, ""]:
-        rows = len(student)
-        if self.task in (*LANGUAGE, "token_classification") and rows > self.args.max_tokens:
-            generator = torch.Generator().manual_seed(1_000_003 * self.args.seed + self.state.global_step)
-            chosen = torch.randperm(rows, generator=generator)[: self.args.max_tokens].to(student.device)
-            student, teacher = student[chosen], teacher[chosen]
+    def compared(self, rows: int) -> Int[Tensor, " M"] | None:
+        if not self.args.sinkhorn_weight:
+            return None
+        if self.task not in (*LANGUAGE, "token_classification") or rows <= self.args.max_tokens:
+            return torch.arange(rows)
+        generator = torch.Generator().manual_seed(1_000_003 * self.args.seed + self.state.global_step)
+        return torch.randperm(rows, generator=generator)[: self.args.max_tokens]
+
+    def terms_between(
+        self, student: Float[Tensor, "M C"], teacher: Float[Tensor, "M C"] | None, labels: Int[Tensor, " M"]
+    ) -> dict[str, Float[Tensor, ""]]:
+        assert teacher is not None
         probs = [(logits / self.args.temperature).softmax(-1) for logits in (student, teacher)]
         if self.task in LANGUAGE:
             probs = list(shortlist(*probs, top_k=self.args.top_k))
         distance = transport_loss(
             *probs, epsilon=self.args.epsilon, iterations=self.args.iterations, debiased=self.args.debiased
         )
-        return distance * (OFFICIAL_SCALE * len(student)) if self.args.official_scale else distance
+        return {"sinkhorn": distance * (OFFICIAL_SCALE * len(student)) if self.args.official_scale else distance}

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers.utils import ModelOutput
 
 from hf_logits.checks import check_choice, check_count, check_number
 from hf_logits.class_logits import check_logits, expected, label_mask, log_softmax_without, widen
 from hf_logits.distillation import DistillationConfig
 from hf_logits.extra_head import ExtraHeadMixin
-from hf_logits.fused_head import Head
+from hf_logits.fused_head import Head, fused_loss
 from hf_logits.tasks import LANGUAGE, bare, valid_rows
 
 
@@ -41,18 +43,20 @@ def label_values(labels: Num[Tensor, "N ..."], classes: int) -> Float[Tensor, "N
     return labels
 
 
-def soft_targets(log_probs: Float[Tensor, "N C"], values: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
+def soft_targets(
+    log_probs: Float[Tensor, "N C"], values: Float[Tensor, "N C"], *, mean: Float[Tensor, ""] | None = None
+) -> Float[Tensor, "N C"]:
     """`v + p(y)^2 - mean p(y)^2` at the labels, 0 elsewhere: more weight for rows that the student is sure of.
 
-    The mean is over the batch, for each of two labels (the larger, the smaller) its own, over the rows that have it. A target may
-    exceed 1. Detached.
+    The mean is over the batch, for each of two labels (the larger, the smaller) its own, over the rows that have it; or it is given,
+    where these rows are a part of the batch. A target may exceed 1. Detached.
     """
     squares = log_probs.detach().exp().square()
     first = label_mask(values.argmax(-1), values.size(-1))
     result = torch.zeros_like(squares)
     for mask in (first, (values > 0) & ~first):
-        mean = torch.where(mask, squares, 0.0).sum() / mask.sum().clamp(min=1)
-        result = torch.where(mask, values + squares - mean, result)
+        own = torch.where(mask, squares, 0.0).sum() / mask.sum().clamp(min=1) if mean is None else mean
+        result = torch.where(mask, values + squares - own, result)
     return result
 
 
@@ -104,8 +108,12 @@ def uskd_terms(
     ranking: str,
     zipf: str,
     limit: int | None,
+    mean: Float[Tensor, ""] | None = None,
 ) -> dict[str, Float[Tensor, " N"]]:
-    """The three parts of [`uskd_loss`] before their weights, one value a row: `target`, `non_target`, `weak`."""
+    """The three parts of [`uskd_loss`] before their weights, one value a row: `target`, `non_target`, `weak`.
+
+    `mean` is that of [`soft_targets`].
+    """
     values = label_values(labels, student_logits.size(-1)).to(student_logits.dtype)
     is_label = values > 0
     student, weak = student_logits.log_softmax(-1), weak_logits.log_softmax(-1)
@@ -114,7 +122,7 @@ def uskd_terms(
     weights = zipf_weights(scores, is_label, zipf=zipf, limit=limit)
     smooth = (1 - SMOOTHING) * values + SMOOTHING / values.size(-1)
     return {
-        "target": -expected(soft_targets(student, values), student),
+        "target": -expected(soft_targets(student, values, mean=mean), student),
         "non_target": -expected(weights, log_softmax_without(student_logits, is_label)),
         "weak": -expected(smooth.masked_fill(weak_logits.isneginf(), 0.0), weak),
     }
@@ -211,7 +219,7 @@ class USKDTrainer(ExtraHeadMixin):
 
     Weak logits come from a linear head on an intermediate feature, which is trained with the student and is in its resume
     checkpoints, and not in what is saved of it. A language model reads its own head from a middle layer instead, without the last
-    norm [ours].
+    norm [ours]. That head runs on a chunk of the tokens at a time, and once more before, for the mean that the label's part needs.
 
     Beside the released code: classes are ranked by probabilities (`ranking="official"`: by the student's log-probabilities), and
     there is one sort. Which feature a vision transformer's weak logits come from there is not certain; here it is the mean over the
@@ -223,7 +231,6 @@ class USKDTrainer(ExtraHeadMixin):
     """
 
     args: USKDConfig
-    rowwise = False
     needs_teacher = False
     _config = USKDConfig
     _name = "USKD"
@@ -244,6 +251,8 @@ class USKDTrainer(ExtraHeadMixin):
 
     def __init__(self, model: Any, teacher: Any = None, args: Any = None, **rest: Any):
         super().__init__(model, teacher, args, **rest)
+        self._weak: Tensor | None = None
+        self._mean: Tensor | None = None
         if not self._active:
             return
         if self.task in LANGUAGE:
@@ -278,14 +287,14 @@ class USKDTrainer(ExtraHeadMixin):
         seen: list[Tensor] = []
 
         def keep(module: Any, args: Any, output: Any) -> None:
-            if seen:  # under DDP, the loss comes through here behind the model's own output
+            if not isinstance(output, ModelOutput):  # a loss comes through here too
                 return
             states = output["decoder_hidden_states" if self.task == "seq2seq" else "hidden_states"]
             hidden = states[self._layer(len(states))]
             if wanted.dim() == 1:
                 mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
                 hidden = pool(hidden, mask)
-            seen.append(valid_rows(hidden, wanted)[0])
+            seen[:] = [valid_rows(hidden, wanted)[0]]
 
         handle = self._unwrapped.register_forward_hook(keep)
         self._seen = seen
@@ -295,7 +304,35 @@ class USKDTrainer(ExtraHeadMixin):
                 return super().compute_loss(model, asked, return_outputs, num_items_in_batch)
         finally:
             handle.remove()
-            self._seen = []
+            self._seen, self._mean = [], None
+
+    def fused_rows(
+        self, hidden: Float[Tensor, "N D"], labels: Int[Tensor, " N"]
+    ) -> tuple[Float[Tensor, "N ... D"], Callable[[Tensor], Tensor]]:
+        """Of each row what the head reads, and what the weak logits are made of."""
+        if not self._active:
+            return super().fused_rows(hidden, labels)
+
+        def squares(logits: Tensor, teacher: None, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return logits.log_softmax(-1).gather(-1, labels[:, None]).exp().square().sum(), {}
+
+        def head(rows: Float[Tensor, "N 2 D"]) -> Float[Tensor, "N 2 V"]:
+            logits = self._student_head(rows.flatten(0, 1))
+            return logits.view(-1, 2, logits.size(-1))
+
+        with torch.no_grad():
+            total, _ = fused_loss(hidden, self._student_head, labels, squares, chunk_size=self.args.chunk_size)
+        self._mean = total / max(1, len(labels))
+        return torch.stack([hidden, self._seen[0].to(hidden.dtype)], 1), head
+
+    def weigh(
+        self, student: Float[Tensor, "N ... C"], teacher: Tensor | None, labels: Int[Tensor, " N"], *stored: Tensor
+    ) -> Any:
+        student, self._weak = student.unbind(1) if student.dim() == 3 else (student, None)
+        try:
+            return super().weigh(student, teacher, labels, *stored)
+        finally:
+            self._weak = None  # or it would outlive its chunk
 
     def terms(
         self, student: Float[Tensor, "N C"], teacher: Float[Tensor, "N C"] | None, labels: Int[Tensor, " N"]
@@ -304,13 +341,16 @@ class USKDTrainer(ExtraHeadMixin):
         if not self._active:
             return found
         hidden = self._seen[0]
-        if self._extra is None:
+        if self._weak is not None:
+            weak = self._weak
+        elif self._extra is None:
             weak = self._lens(hidden.to(self._unwrapped.dtype))
         else:
             weak = self._extra(hidden.to(next(self._extra.parameters()).dtype))
         limit = 256 if self.args.rank_limit is None and self.task in LANGUAGE else self.args.rank_limit
+        weak, ranking = widen(weak), self.args.ranking
         return found | uskd_terms(
-            student, widen(weak), labels, ranking=self.args.ranking, zipf=self.args.zipf, limit=limit
+            student, weak, labels, ranking=ranking, zipf=self.args.zipf, limit=limit, mean=self._mean
         )
 
     def term_weights(self) -> dict[str, float]:

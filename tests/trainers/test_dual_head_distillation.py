@@ -365,5 +365,5 @@ def test_bad_settings_are_refused(settings, match, tmp_path):
 def test_what_cannot_be_done_is_refused(tmp_path):
     with pytest.raises(ValueError, match="two rows"):
         make(tmp_path, head="nonlinear", per_device_train_batch_size=1).train()
-    with pytest.raises(ValueError, match="auxiliary head"):
-        make(tmp_path, "causal_lm", fused_head=True)
+    with pytest.raises(ValueError, match="all tokens of a batch"):
+        make(tmp_path, "causal_lm", fused_head=True, head="nonlinear")
