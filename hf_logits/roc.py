@@ -90,17 +90,18 @@ def threshold_for_true_rate(
 def threshold_for_false_rate(
     positive: Float64[ndarray, " P"], negative: Float64[ndarray, " N"], wanted: float
 ) -> float:
-    """The lowest threshold at which at most the wanted share of the negatives is at or above it. Scores are probabilities."""
+    """The lowest threshold at which at most the wanted share of the negatives is at or above it.
+
+    Scores are probabilities; a negative score is one that no threshold reaches.
+    """
     check_number("wanted", wanted, minimum=0.0, maximum=1.0)
     _check_scores(positive, negative)
     count = int(np.floor(wanted * len(negative) + 1e-9))
     if count == len(negative):
         return 0.0
     first = float(np.sort(negative)[::-1][count])  # the best that must stay below
-    if first < 0:
-        return 0.0
     both = np.concatenate([positive, negative, [NEVER if first >= 1 else 1.0]])
-    return _between(first, float(both[both > first].min()))
+    return _between(max(0.0, first), float(both[(both > first) & (both >= 0)].min()))
 
 
 def auc_interval(

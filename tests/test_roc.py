@@ -95,7 +95,9 @@ def test_what_cannot_be_reached_is_not_promised():
     positive, negative = np.array([0.9, -1.0, -1.0, -1.0]), np.array([0.2, -1.0])
     bound = threshold_for_true_rate(positive, negative, 0.5)
     assert bound == 0.0 and rate(positive, bound) == 0.25
-    assert threshold_for_false_rate(positive, np.array([-1.0, -1.0]), 0.0) == 0.0
+    # nothing has to stay below: half-way down from the lowest score that can be reached
+    assert threshold_for_false_rate(positive, np.array([-1.0, -1.0]), 0.0) == pytest.approx(0.45)
+    assert threshold_for_false_rate(np.array([0.0]), np.array([-1.0]), 0.0) == 0.0
     assert 0.2 < threshold_for_false_rate(positive, negative, 0.0) < 0.9
 
 

@@ -222,7 +222,7 @@ def learned(adapter, folder):
     add_refusal_tokens(tokenizer, model, TOKENS)
     config = refusal_lora_config(model, tokenizer, TOKENS, r=8, target_modules="all-linear") if adapter else None
     args = arguments(
-        RefusalTokenConfig, folder, refuse=dict(TOKENS.refuse), per_device_train_batch_size=32, learning_rate=1e-2, max_steps=40,
+        RefusalTokenConfig, folder, refuse=dict(TOKENS.refuse), per_device_train_batch_size=32, learning_rate=2e-2 if adapter else 1e-2, max_steps=40,
         refusal_token_weight=3.0,
     )  # fmt: skip
     trainer = RefusalTokenTrainer(

@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 import tiny
 from hf_logits.new_tokens import frozen_rows
+from hf_logits.trainers import refusal_tokens
 from hf_logits.trainers.refusal_tokens import (
     RefusalTokenConfig,
     RefusalTokens,
@@ -22,7 +23,7 @@ from hf_logits.trainers.refusal_tokens import (
     refusal_lora_config,
     weigh_tokens,
 )
-from preferences import arguments, distance, equal, logged, weights
+from preferences import Stop, StopAt, arguments, distance, equal, logged, weights
 from preferences import tokenizer as word_tokenizer
 
 
@@ -70,7 +71,7 @@ def rows(count=8, *, kind="text", seed=0):
 
 
 def make(folder, model, tokenizer, *, data=None, trainer=RefusalTokenTrainer, config=RefusalTokenConfig, **settings):
-    given = {name: settings.pop(name) for name in ("peft_config", "eval_dataset") if name in settings}
+    given = {name: settings.pop(name) for name in ("peft_config", "eval_dataset", "callbacks") if name in settings}
     args = arguments(config, folder, **settings)
     data = rows() if data is None else data
     return trainer(model, args, train_dataset=data, processing_class=tokenizer, **given)
@@ -304,7 +305,7 @@ def test_the_gradient_of_the_rows_is_that_of_a_whole_table_on_all_logits(kind, w
         torch.testing.assert_close(gradient, tables[side][ids], atol=1e-6, rtol=1e-4)
 
 
-def test_stock_trl_fails_on_tied_rows_and_leaves_the_output_rows_of_untied_ones_alone(tmp_path):
+def test_stock_trl_fails_on_tied_rows_and_leaves_the_output_rows_of_untied_ones_alone(tmp_path, monkeypatch):
     """Why there is a trainer of our own. If this fails, TRL has learned it."""
     data = rows().map(prepend_refusal_token, fn_kwargs={"tokens": SINGLE})
     model, tokenizer, _ = prepared()
@@ -317,7 +318,12 @@ def test_stock_trl_fails_on_tied_rows_and_leaves_the_output_rows_of_untied_ones_
     config = LoraConfig(
         task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices={"embed_tokens": ids}
     )
+    said = []
+    monkeypatch.setattr(refusal_tokens.logger, "warning_once", said.append)
     assert frozen_rows(make(tmp_path, model, tokenizer, peft_config=config).model, ids) == ["output"]
+    assert "in the output embedding are not trained" in said[0]
+    make(tmp_path, *prepared("untied")[:2])
+    assert len(said) == 1
 
 
 @every_model
@@ -379,6 +385,24 @@ def test_an_adapter_saved_from_a_base_on_disk_holds_no_table_either(tmp_path):
     loaded, probe = PeftModel.from_pretrained(base, tmp_path / "saved").eval(), torch.tensor([[5, 64, 65]])
     with torch.no_grad():
         assert torch.equal(loaded(probe).logits, trainer.model.eval()(probe).logits)
+
+
+def test_a_run_that_is_killed_and_resumed_ends_where_an_unbroken_one_does(tmp_path):
+    settings = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "lr_scheduler_type": "linear"}
+    found = []
+    for stop in (None, 3):
+        for resumed in [False, True] if stop else [False]:
+            model, tokenizer, _ = prepared()
+            callbacks = [StopAt(stop)] if stop and not resumed else None
+            folder, config = tmp_path / str(stop), lora(model, tokenizer)
+            trainer = make(folder, model, tokenizer, peft_config=config, callbacks=callbacks, **settings)
+            if callbacks:
+                with pytest.raises(Stop):
+                    trainer.train()
+            else:
+                trainer.train(resume_from_checkpoint=resumed)
+                found.append(weights(trainer))
+    assert equal(*found)
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
@@ -456,7 +480,7 @@ def test_evaluation_and_streams(tmp_path):
     assert equal(weights(stream), weights(whole))
 
 
-def test_bad_settings_are_refused(tmp_path, caplog):
+def test_bad_settings_are_refused(tmp_path):
     model, tokenizer, _ = prepared()
     with pytest.raises(TypeError, match="RefusalTokenConfig"):
         make(tmp_path, model, tokenizer, config=SFTConfig)
