@@ -58,14 +58,14 @@ def sample_completions(
     check_count("num_samples", num_samples, minimum=1)
     check_count("batch_size", batch_size, minimum=1)
     options = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": max_new_tokens}
-    options |= {"num_return_sequences": num_samples, "pad_token_id": _pad_id(tokenizer)} | generation_kwargs
+    options |= {"num_return_sequences": num_samples, "pad_token_id": pad_id(tokenizer)} | generation_kwargs
     sampled: list[list[Completion]] = []
     training = model.training
     model.eval()
     try:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            ids, mask = _pad_left([_prompt_ids(prompt, tokenizer) for prompt in batch], _pad_id(tokenizer))
+            ids, mask = pad_left([prompt_ids(prompt, tokenizer) for prompt in batch], pad_id(tokenizer))
             generate = cast(Any, model).generate
             out = generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options)
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
@@ -77,25 +77,32 @@ def sample_completions(
     return sampled
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills a batch up: that of the pad token, or of the end."""
     token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if token is None:
         raise ValueError("The tokenizer has neither a pad nor an eos token; set tokenizer.pad_token.")
     return token
 
 
-def _prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> list[int]:
+    """A prompt as ids, up to where the answer begins."""
     # The chat template writes the special tokens itself.
     chat = not isinstance(prompt, str)
-    text = prompt if isinstance(prompt, str) else apply_chat_template({"prompt": prompt}, tokenizer)["prompt"]
+    text = (
+        apply_chat_template({"prompt": prompt}, tokenizer, **template_kwargs)["prompt"]
+        if not isinstance(prompt, str)
+        else prompt
+    )
     ids = tokenizer(text=text, add_special_tokens=not chat)["input_ids"]
     if not ids:
         raise ValueError(f"A prompt must have at least one token; got {prompt!r}.")
     return ids
 
 
-def _pad_left(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids as `[B, L]` ids, filled up in front, and their attention mask."""
     width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
