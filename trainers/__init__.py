@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_logits.trainers.entanglement import EntanglementConfig, EntanglementTrainer
     from hf_logits.trainers.entanglement_callback import EntanglementCallback
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
+    from hf_logits.trainers.gedi import GeDiCollator, GeDiConfig, GeDiTrainer, gedi_loss, gedi_topics
     from hf_logits.trainers.logit_distillation import LogitDistillationConfig, LogitDistillationTrainer, kd_loss
     from hf_logits.trainers.multi_level_ranking import (
         MultiLevelRankingCollator,
@@ -65,6 +66,9 @@ __all__ = [
     "EntanglementTrainer",
     "FDPOConfig",
     "FDPOTrainer",
+    "GeDiCollator",
+    "GeDiConfig",
+    "GeDiTrainer",
     "LogSigmoidCenteredReward",
     "LogitDistillationConfig",
     "LogitDistillationTrainer",
@@ -94,6 +98,8 @@ __all__ = [
     "embed_ratings",
     "f_dpo_loss",
     "filter_by_ches",
+    "gedi_loss",
+    "gedi_topics",
     "kd_loss",
     "load_teacher_logits",
     "log_sigmoid_centered",
@@ -122,6 +128,9 @@ _HOMES = {
     "EntanglementTrainer": "entanglement",
     "FDPOConfig": "f_dpo",
     "FDPOTrainer": "f_dpo",
+    "GeDiCollator": "gedi",
+    "GeDiConfig": "gedi",
+    "GeDiTrainer": "gedi",
     "LogSigmoidCenteredReward": "reward_transform",
     "LogitDistillationConfig": "logit_distillation",
     "LogitDistillationTrainer": "logit_distillation",
@@ -151,6 +160,8 @@ _HOMES = {
     "embed_ratings": "multi_objective_gate",
     "f_dpo_loss": "f_dpo",
     "filter_by_ches": "ches",
+    "gedi_loss": "gedi",
+    "gedi_topics": "gedi",
     "kd_loss": "logit_distillation",
     "load_teacher_logits": "teacher_logits",
     "log_sigmoid_centered": "reward_transform",
