@@ -132,7 +132,7 @@ def gedi_topics(
     if len(known) < 2:
         raise ValueError(f"A text is told from those about another topic, so two are needed; got {known}.")
 
-    def both(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    def both(rows: Mapping[str, Any], indices: list[int]) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {"text": [], "secondary_code": [], "label": []}
         for text, topic, index in zip(rows["text"], rows["topic"], indices, strict=True):
             if topic not in known:
