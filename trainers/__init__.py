@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_logits.trainers.entanglement import EntanglementConfig, EntanglementTrainer
     from hf_logits.trainers.entanglement_callback import EntanglementCallback
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
-    from hf_logits.trainers.gedi import GeDiCollator, GeDiConfig, GeDiTrainer, gedi_loss, gedi_topics
+    from hf_logits.trainers.gedi import ControlCodeCollator, GeDiConfig, GeDiTrainer, gedi_loss, gedi_topics
     from hf_logits.trainers.logit_distillation import LogitDistillationConfig, LogitDistillationTrainer, kd_loss
     from hf_logits.trainers.multi_level_ranking import (
         MultiLevelRankingCollator,
@@ -59,6 +59,7 @@ __all__ = [
     "BCOTrainer",
     "CHESCallback",
     "ConjunctionReward",
+    "ControlCodeCollator",
     "DualHeadDistillationConfig",
     "DualHeadDistillationTrainer",
     "EntanglementCallback",
@@ -66,7 +67,6 @@ __all__ = [
     "EntanglementTrainer",
     "FDPOConfig",
     "FDPOTrainer",
-    "GeDiCollator",
     "GeDiConfig",
     "GeDiTrainer",
     "LogSigmoidCenteredReward",
@@ -121,6 +121,7 @@ _HOMES = {
     "BCOTrainer": "bco",
     "CHESCallback": "ches",
     "ConjunctionReward": "reward_transform",
+    "ControlCodeCollator": "gedi",
     "DualHeadDistillationConfig": "dual_head_distillation",
     "DualHeadDistillationTrainer": "dual_head_distillation",
     "EntanglementCallback": "entanglement_callback",
@@ -128,7 +129,6 @@ _HOMES = {
     "EntanglementTrainer": "entanglement",
     "FDPOConfig": "f_dpo",
     "FDPOTrainer": "f_dpo",
-    "GeDiCollator": "gedi",
     "GeDiConfig": "gedi",
     "GeDiTrainer": "gedi",
     "LogSigmoidCenteredReward": "reward_transform",

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import tiny
+from hf_logits.control_codes import ControlCodeCollator
 from hf_logits.guides import guide_settings
 from hf_logits.processors import GeDiLogitsProcessor
 from hf_logits.trainers.gedi import (
-    GeDiCollator,
     GeDiConfig,
     GeDiTrainer,
     gedi_class_logits,
@@ -187,7 +187,7 @@ def rated(rows=8, seed=0, fewest=2, most=6):
 def test_a_batch_by_hand(side):
     tokenizer = words()
     tokenizer.padding_side = side
-    batch = GeDiCollator(tokenizer, ["bad", "good"])(
+    batch = ControlCodeCollator(tokenizer, ["bad", "good"])(
         [{"text": "w20 w21 w22", "label": 1}, {"text": "w40", "label": "bad"}]
     )
     assert batch["classes"].tolist() == [1, 0]
@@ -201,7 +201,7 @@ def test_a_batch_by_hand(side):
 
 
 def test_bos_secondary_code_and_no_end():
-    collator = GeDiCollator(words(bos=True), ["true", "false"], append_eos=False)
+    collator = ControlCodeCollator(words(bos=True), ["true", "false"], append_eos=False)
     batch = collator([{"text": "w20 w21", "label": True, "secondary_code": "sport news"}])
     assert batch["input_ids"].tolist() == [[[1, 6, 8, 9, 20, 21], [1, 7, 8, 9, 20, 21]]]
     assert batch["labels"][0, 0].tolist() == [-100, -100, 8, 9, 20, 21]
@@ -210,7 +210,7 @@ def test_bos_secondary_code_and_no_end():
 
 
 def test_a_text_that_is_cut_has_no_end():
-    collator = GeDiCollator(words(), ["bad", "good"], max_length=5)
+    collator = ControlCodeCollator(words(), ["bad", "good"], max_length=5)
     for count, expected in ((3, [4, 20, 20, 20, 2]), (4, [4, 20, 20, 20, 20]), (9, [4, 20, 20, 20, 20])):
         assert collator([{"text": "w20 " * count, "label": 0}])["input_ids"][0, 0].tolist() == expected
 
@@ -233,15 +233,15 @@ def test_a_text_that_is_cut_has_no_end():
 )
 def test_what_cannot_be_read_is_refused(codes, settings, row, match):
     with pytest.raises(ValueError, match=match):
-        GeDiCollator(words(), codes, **settings)([row])
+        ControlCodeCollator(words(), codes, **settings)([row])
 
 
 def test_a_tokenizer_without_an_end_is_refused():
     tokenizer = words()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="append_eos=False"):
-        GeDiCollator(tokenizer, ["bad", "good"])
-    GeDiCollator(tokenizer, ["bad", "good"], append_eos=False)
+        ControlCodeCollator(tokenizer, ["bad", "good"])
+    ControlCodeCollator(tokenizer, ["bad", "good"], append_eos=False)
 
 
 def about(rows=12):
@@ -712,6 +712,27 @@ def test_a_guide_learns_two_classes_and_steers_to_either(lora, tmp_path):
     again.save_pretrained(tmp_path / "recipe")
     recipe = GeDiLogitsProcessor.from_pretrained(tmp_path / "recipe", tokenizer=tokenizer)
     assert share(main, recipe, GOOD) == wanted[1]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("length_normalise", [True, False])
+def test_the_processor_sees_the_classes_as_training_did(bos, length_normalise, tmp_path):
+    """For every candidate, the posterior of the text with it: same codes, tokens, lengths, scale and bias."""
+    tokenizer, ends = words(bos=bos), ["w30", "w41", "sport"]
+    rows = [{"text": f"w20 w50 w14 {end}", "label": 0, "secondary_code": "news food"} for end in ends]
+    codes = ["false", "true", "bad"]
+    trainer = make(
+        tmp_path, tokenizer=tokenizer, codes=codes, append_eos=False, length_normalise=length_normalise, per_device_eval_batch_size=2
+    )  # fmt: skip
+    trainer._extra.scale.data.fill_(1.7)
+    trainer._extra.bias.data.copy_(torch.tensor([0.2, -0.3, 0.5]))
+    expected = torch.tensor(trainer.predict(Dataset.from_list(rows)).predictions).log_softmax(-1)[:, 1]
+    settings = {"secondary_code": "news food", "tokenizer": tokenizer, "strength": 1.0, "filter_p": 0.0}
+    processor = GeDiLogitsProcessor(trainer.model, **trainer.guide_settings("true"), **settings)
+    ids = torch.tensor([tokenizer("w20 w50 w14")["input_ids"]])
+    found = processor(ids, torch.zeros(1, tiny.VOCAB))[0, [30, 41, 8]]
+    torch.testing.assert_close(found - found[0], expected - expected[0], atol=1e-5, rtol=0)
+    assert (expected - expected[0]).abs().max() > 0.01
 
 
 def test_three_classes_are_learned(tmp_path):
