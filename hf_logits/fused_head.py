@@ -17,6 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
@@ -203,6 +205,21 @@ def fused_loss(
     if of_hidden is not None:
         leaves, gradients = [hidden, *leaves], [of_hidden, *gradients]
     return _Formed.apply(total, gradients, *leaves), sums
+
+
+def fused_log_probs(
+    hidden: Float[Tensor, "N D"], head: Callable[[Tensor], Tensor], labels: Int[Tensor, " N"], *, chunk_size: int
+) -> Float[Tensor, " N"]:
+    """Log-probs of the labels, of logits that exist for `chunk_size` rows at a time.
+
+    For losses that see several rows at once, so that no gradient is known yet: the backward pass forms the logits again.
+    """
+
+    def chunk(rows: Tensor, wanted: Tensor) -> Tensor:
+        return -cross_entropy(widen(head(rows)), wanted, reduction="none")
+
+    parts = zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
+    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
 
 
 def _add(before: Tensor | None, new: Tensor | None) -> Tensor | None:

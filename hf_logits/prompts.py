@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 Rewrite = Callable[[list[int], int, int], list[int]]
 """`(unpadded main prompt, row, number of rows) -> ids of the context's prompt`."""
@@ -41,6 +44,21 @@ def single_token(value: int | str, tokenizer: PreTrainedTokenizerBase | None, *,
             f"{what}={value!r} is {len(ids)} tokens ({ids}), not one: add it with tokenizer.add_tokens([...]) before training, or "
             "pass the id of the token that is meant."
         )
+    return ids[0]
+
+
+def control_code(code: int | str, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """The id of a control code given as id, or the first one of its text; a text of several is worth a warning."""
+    if isinstance(code, int) and not isinstance(code, bool) and code >= 0:
+        return code
+    if not isinstance(code, str):
+        raise TypeError(f"A control code must be a token id or a text, got {code!r}.")
+    ids = tokenize(code, tokenizer, what="A control code", special_tokens=False)
+    if not ids:
+        raise ValueError(f"The control code {code!r} has no tokens.")
+    check_known(code, ids, tokenizer, what="A control code")
+    if len(ids) > 1:
+        logger.warning_once(f"The control code {code!r} is {len(ids)} tokens; GeDi uses the first, {ids[0]}.")
     return ids[0]
 
 

@@ -8,17 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from hf_logits.auxiliary import Context
 from hf_logits.checks import check_number, check_per_row
 from hf_logits.logits import leading, row_column
 from hf_logits.prefix import Step
 from hf_logits.processing import AuxiliaryLogitsProcessor, Model
-from hf_logits.prompts import Rewrite, as_data, as_rewrite, check_known, tokenize
-
-
-logger = logging.get_logger(__name__)
+from hf_logits.prompts import Rewrite, as_data, as_rewrite, control_code
 
 
 def class_log_posterior(
@@ -127,10 +123,10 @@ class GeDiLogitsProcessor(AuxiliaryLogitsProcessor):
         self.class_bias, self.secondary_code, self.length_normalise = class_bias, secondary_code, length_normalise
 
         others = [undesired] if isinstance(undesired, int | str) else list(undesired)
-        self.codes = [_first_token(code, tokenizer) for code in [desired, *others]]
+        self.codes = [control_code(code, tokenizer) for code in [desired, *others]]
         if not others or len(set(self.codes)) < len(self.codes):
             raise ValueError(f"desired and undesired must be different codes; got the token ids {self.codes}.")
-        biases = {_first_token(code, tokenizer): value for code, value in self.bias.items()}
+        biases = {control_code(code, tokenizer): value for code, value in self.bias.items()}
         if set(biases) - set(self.codes):
             raise ValueError(
                 f"bias names codes {sorted(set(biases) - set(self.codes))} that are not among {self.codes}."
@@ -150,7 +146,7 @@ class GeDiLogitsProcessor(AuxiliaryLogitsProcessor):
         )
 
     def saved_arguments(self) -> dict[str, Any]:
-        bias = {_first_token(code, self.tokenizer): value for code, value in self.bias.items()}
+        bias = {control_code(code, self.tokenizer): value for code, value in self.bias.items()}
         secondary = as_data(self.secondary_code, self.tokenizer, what="secondary_code")
         codes = {"desired": self.codes[0], "undesired": self.codes[1:]}
         return super().saved_arguments() | codes | {"bias": bias, "secondary_code": secondary}
@@ -161,7 +157,8 @@ class GeDiLogitsProcessor(AuxiliaryLogitsProcessor):
                 return []  # inputs_embeds alone: the engine says so
             start = self._leading_bos(main)
             secondary = self._secondary(main, row, rows) if self._secondary is not None else []
-            return [*main[:start], code, *secondary, *main[start:]]
+            # of a text, a tokenizer may begin with another BOS
+            return [*main[:start], code, *secondary[self._leading_bos(secondary) :], *main[start:]]
 
         return rewrite
 
@@ -207,17 +204,3 @@ class GeDiLogitsProcessor(AuxiliaryLogitsProcessor):
             return read - 1
         first = step.input_ids.gather(-1, step.prompt_mask.int().argmax(-1, keepdim=True))[:, 0]
         return read - 1 - (first == self._bos).long()
-
-
-def _first_token(code: int | str, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    if isinstance(code, int) and not isinstance(code, bool) and code >= 0:
-        return code
-    if not isinstance(code, str):
-        raise TypeError(f"A control code must be a token id or a text, got {code!r}.")
-    ids = tokenize(code, tokenizer, what="A control code", special_tokens=False)
-    if not ids:
-        raise ValueError(f"The control code {code!r} has no tokens.")
-    check_known(code, ids, tokenizer, what="A control code")
-    if len(ids) > 1:
-        logger.warning_once(f"The control code {code!r} is {len(ids)} tokens; GeDi uses the first, {ids[0]}.")
-    return ids[0]

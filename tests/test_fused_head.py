@@ -7,7 +7,7 @@ from torch.nn import functional
 
 import tiny
 from distilling import KINDS, LANGUAGE, adapted, make, texts
-from hf_logits.fused_head import Head, fused_loss, inside
+from hf_logits.fused_head import Head, fused_log_probs, fused_loss, inside
 from hf_logits.trainers import LogitDistillationConfig, LogitDistillationTrainer
 from hf_logits.trainers.logit_distillation import kd_rows
 from preferences import distance, logged, weights
@@ -180,6 +180,38 @@ def test_gradients_of_many_chunks_add_up_in_float32():
     found.backward()
     assert low.weight.grad.dtype == torch.bfloat16
     assert (low.weight.grad - head.weight.grad).norm() < 0.02 * head.weight.grad.norm()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 10, 100])
+def test_log_probs_of_chunks_are_those_of_all_logits(chunk_size):
+    """Under a loss that looks at several rows at once."""
+    hidden, head, labels, _, _ = problem()
+    wanted, formed = [hidden, *head.parameters()], []
+
+    def counted(rows):
+        formed.append(len(rows))
+        return head(rows)
+
+    dense = -functional.cross_entropy(head(hidden), labels, reduction="none")
+    found = fused_log_probs(hidden, counted, labels, chunk_size=chunk_size)
+    torch.testing.assert_close(found, dense)
+    one, other = (torch.autograd.grad(x.view(2, 5).sum(1).softmax(0)[0], wanted) for x in (found, dense))
+    torch.testing.assert_close(one, other)
+    assert max(formed) <= chunk_size and sum(formed) == 20  # formed again on the way back
+    with torch.no_grad():
+        assert torch.equal(fused_log_probs(hidden, counted, labels, chunk_size=chunk_size), found)
+    nothing = fused_log_probs(hidden[:0], head, labels[:0], chunk_size=chunk_size)
+    assert nothing.shape == (0,)
+
+
+def test_log_probs_of_half_precision_are_in_float32():
+    hidden, head, labels, _, _ = problem()
+    low = torch.nn.Linear(5, 11, dtype=torch.bfloat16)
+    low.load_state_dict(head.state_dict())
+    found = fused_log_probs(hidden.detach().bfloat16(), low, labels, chunk_size=3)
+    assert found.dtype == torch.float32
+    exact = fused_log_probs(hidden, head, labels, chunk_size=3)
+    torch.testing.assert_close(found.double(), exact, atol=0.1, rtol=0.02)
 
 
 def test_no_tensor_of_all_rows_times_the_vocabulary_is_made(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from hf_logits.prompts import as_rewrite, check_same_tokenizer, single_token, tokenize
+from hf_logits.prompts import as_rewrite, check_same_tokenizer, control_code, single_token, tokenize
 
 
 WORDS = ["<pad>", "<s>", "<unk>", "red", "green", "blue", "is", "a", "colour"]
@@ -156,6 +156,25 @@ def test_single_tokens(value):
 def test_not_a_single_token(value, error, match):
     with pytest.raises(error, match=match):
         single_token(value, tokenizer(), what="code")
+
+
+@pytest.mark.parametrize(("code", "expected"), [(4, 4), ("green", 4), ("green red", 4)])
+def test_a_control_code_is_the_first_token(code, expected):
+    assert control_code(code, tokenizer()) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "match"),
+    [
+        ("", ValueError, "control code '' has no tokens"),
+        ("violet", ValueError, "unknown to the tokenizer"),
+        (-1, TypeError, "must be a token id or a text"),
+        (True, TypeError, "must be a token id or a text"),
+    ],
+)
+def test_not_a_control_code(code, error, match):
+    with pytest.raises(error, match=match):
+        control_code(code, tokenizer())
 
 
 def test_a_token_as_text_needs_a_tokenizer():

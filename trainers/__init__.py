@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_logits.trainers.entanglement import EntanglementConfig, EntanglementTrainer
     from hf_logits.trainers.entanglement_callback import EntanglementCallback
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
+    from hf_logits.trainers.gedi import ControlCodeCollator, GeDiConfig, GeDiTrainer, gedi_loss, gedi_topics
     from hf_logits.trainers.logit_distillation import LogitDistillationConfig, LogitDistillationTrainer, kd_loss
     from hf_logits.trainers.multi_level_ranking import (
         MultiLevelRankingCollator,
@@ -71,6 +72,7 @@ __all__ = [
     "BCOTrainer",
     "CHESCallback",
     "ConjunctionReward",
+    "ControlCodeCollator",
     "DualHeadDistillationConfig",
     "DualHeadDistillationTrainer",
     "EntanglementCallback",
@@ -78,6 +80,8 @@ __all__ = [
     "EntanglementTrainer",
     "FDPOConfig",
     "FDPOTrainer",
+    "GeDiConfig",
+    "GeDiTrainer",
     "LogSigmoidCenteredReward",
     "LogitDistillationConfig",
     "LogitDistillationTrainer",
@@ -113,6 +117,8 @@ __all__ = [
     "embed_ratings",
     "f_dpo_loss",
     "filter_by_ches",
+    "gedi_loss",
+    "gedi_topics",
     "kd_loss",
     "load_teacher_logits",
     "log_sigmoid_centered",
@@ -137,6 +143,7 @@ _HOMES = {
     "BCOTrainer": "bco",
     "CHESCallback": "ches",
     "ConjunctionReward": "reward_transform",
+    "ControlCodeCollator": "gedi",
     "DualHeadDistillationConfig": "dual_head_distillation",
     "DualHeadDistillationTrainer": "dual_head_distillation",
     "EntanglementCallback": "entanglement_callback",
@@ -144,6 +151,8 @@ _HOMES = {
     "EntanglementTrainer": "entanglement",
     "FDPOConfig": "f_dpo",
     "FDPOTrainer": "f_dpo",
+    "GeDiConfig": "gedi",
+    "GeDiTrainer": "gedi",
     "LogSigmoidCenteredReward": "reward_transform",
     "LogitDistillationConfig": "logit_distillation",
     "LogitDistillationTrainer": "logit_distillation",
@@ -179,6 +188,8 @@ _HOMES = {
     "embed_ratings": "multi_objective_gate",
     "f_dpo_loss": "f_dpo",
     "filter_by_ches": "ches",
+    "gedi_loss": "gedi",
+    "gedi_topics": "gedi",
     "kd_loss": "logit_distillation",
     "load_teacher_logits": "teacher_logits",
     "log_sigmoid_centered": "reward_transform",

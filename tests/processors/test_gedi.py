@@ -377,6 +377,17 @@ def test_codes_and_secondary_code_as_text(main, guide):
     torch.testing.assert_close(torch.stack(first.scores), torch.stack(second.scores))
 
 
+def test_a_secondary_code_as_text_has_no_bos_of_its_own(main, guide):
+    tokenizer = word_tokenizer(["good", "bad", "sports"], bos=True)
+    settings = {"desired": 4, "undesired": 5, "tokenizer": tokenizer}
+    as_text, as_ids = (GeDiLogitsProcessor(guide, secondary_code=code, **settings) for code in ("sports", [6]))
+    ids = torch.tensor([[tiny.BOS, 20, 21]])
+    for processor in (as_text, as_ids):
+        main.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, logits_processor=[processor])
+    assert as_text.engines[0].lengths.tolist() == as_ids.engines[0].lengths.tolist() == [[5], [5]]
+    torch.testing.assert_close(as_text.stats.trace["posterior"], as_ids.stats.trace["posterior"])
+
+
 def test_the_wanted_class_is_made_likelier(main, guide):
     ids, mask = tiny.prompts()
     posteriors = []
