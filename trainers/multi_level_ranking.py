@@ -17,7 +17,7 @@ from hf_logits.class_logits import widen
 from hf_logits.meters import MeteredMixin
 from hf_logits.method_card import MethodCardMixin
 from hf_logits.preferences import refuse_rows, require_columns
-from hf_logits.resumable import ResumableMixin
+from hf_logits.resumable import RenamedWeightsMixin, ResumableMixin
 from hf_logits.tasks import bare
 from hf_logits.teachers import fingerprint, freeze, place, teaching
 
@@ -194,7 +194,7 @@ class MultiLevelRankingConfig(TrainingArguments):
             raise ValueError(f"rating_range must be the lowest and the highest rating; got {self.rating_range}.")
 
 
-class MultiLevelRankingTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Trainer):
+class MultiLevelRankingTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, RenamedWeightsMixin, Trainer):
     """Trains a model with one output to give graded scores, from [Towards Quantifiable Dialogue Coherence
     Evaluation](https://huggingface.co/papers/2106.00507) (QuantiDCE).
 
