@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers.utils import logging
 from hf_logits.checks import check_count
 from hf_logits.fused_head import Head, fused_loss, inside
 from hf_logits.meters import MeteredMixin, compare
+from hf_logits.method_card import MethodCardMixin
 from hf_logits.resumable import RenamedWeightsMixin, ResumableMixin
 from hf_logits.stored_teacher import IDS, LOG_PROBS, TeacherLogitsCollator, check_stored, stored_fingerprint, stored_of
 from hf_logits.tasks import LANGUAGE, bare, check_one_class, collator_for, shared_classes, targets, task_of, valid_rows
@@ -62,7 +62,7 @@ class DistillationConfig(TrainingArguments):
             )
 
 
-class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Trainer):
+class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, RenamedWeightsMixin, Trainer):
     """Trains a student on its own logits and a teacher's. A subclass says what is done with them: [`terms`], [`term_weights`].
 
     The loss is summed over all rows that predict something (tokens, or examples) and divided by their number in the whole
@@ -450,22 +450,8 @@ class DistillationTrainer(MeteredMixin, ResumableMixin, RenamedWeightsMixin, Tra
                 "from the checkpoint's weights instead of resuming."
             )
 
-    def create_model_card(self, *given: Any, **named: Any) -> None:
-        named["tags"] = [*self._tag_names, *([tags] if isinstance(tags := named.get("tags") or [], str) else tags)]
-        super().create_model_card(*given, **named)
-        if not self.is_world_process_zero():
-            return
-        taught = self.teacher.config.name_or_path if self.teacher is not None else ""
-        lines = [
-            "",
-            "## Method",
-            f"This model was trained with {self._name}" + (f" from `{taught}`." if taught else "."),
-        ]
-        if self._paper:
-            lines.append(f"[{self._paper['title']}](https://huggingface.co/papers/{self._paper['id']})")
-            lines.append(f"```bibtex\n{self._paper['citation']}\n```")
-        with Path(str(self.args.output_dir), "README.md").open("a", encoding="utf-8") as card:
-            card.write("\n\n".join(lines) + "\n")
+    def taught_by(self) -> str:
+        return self.teacher.config.name_or_path if self.teacher is not None else ""
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

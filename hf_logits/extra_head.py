@@ -54,13 +54,13 @@ class ExtraHeadMixin(DistillationTrainer):
                 whole.add_module(NAME, taken)
 
     def keep_alive(self) -> Tensor:
-        """Zero, with a gradient of zero for the head: DDP waits for one even in a step that does not use it."""
+        """Zero, with a gradient of zero for the head: DDP waits for one even in a step or a batch that does not use it."""
         assert self._extra is not None
         return torch.stack([0.0 * parameter.sum() for parameter in self._extra.parameters()]).sum()
 
     def weigh(self, student: Tensor, teacher: Tensor | None, labels: Tensor, *stored: Tensor) -> Any:
         total, sums = super().weigh(student, teacher, labels, *stored)
-        return total if self._extra is None or len(labels) else total + self.keep_alive(), sums
+        return (total if len(labels) or self._extra is None else total + self.keep_alive()), sums
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict is not None:

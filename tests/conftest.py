@@ -1,5 +1,6 @@
 """What every test shares."""
 
+import gc
 import os
 
 
@@ -18,6 +19,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, so each 
 
 
 import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_new_garbage():
+    """Trainers collect garbage at each `train()`, half a second among all that the libraries have imported: leave that out."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -152,6 +152,40 @@ KINDS: dict[str, tuple[Callable[..., PreTrainedModel], Callable[..., Dataset]]] 
 }
 """By name: a model from a seed, and its data."""
 
+
+def _phrase(rng: random.Random) -> str:
+    return " ".join(f"w{rng.randint(6, 63)}" for _ in range(rng.randint(1, 4)))
+
+
+def scorer(seed: int = 0, **config: Any) -> PreTrainedModel:
+    """With one output, and with attentions that can be read."""
+    return sequence_classification(seed, **({"num_labels": 1, "attn_implementation": "eager"} | config))
+
+
+def ranked(rows: int = 8, seed: int = 0) -> Dataset:
+    """One to three responses on each of three levels."""
+    rng = random.Random(seed)
+    return Dataset.from_list(
+        [
+            {
+                "context": _phrase(rng),
+                "responses": [[_phrase(rng) for _ in range(rng.randint(1, 3))] for _ in range(3)],
+            }
+            for _ in range(rows)
+        ]
+    )
+
+
+def rated(rows: int = 8, seed: int = 0) -> Dataset:
+    rng = random.Random(seed)
+    return Dataset.from_list(
+        [{"context": _phrase(rng), "response": _phrase(rng), "rating": rng.uniform(1, 5)} for _ in range(rows)]
+    )
+
+
+SCORES = {"ranking": (scorer, ranked), "rating": (scorer, rated)}
+"""The same of the stages of multi-level ranking, which has no teacher of its own."""
+
 LANGUAGE = ("causal_lm", "softcapped", "gpt2", "seq2seq", "bart", "masked_lm")
 LORA = {
     "causal_lm": ["q_proj", "v_proj", "lm_head"],
@@ -163,6 +197,8 @@ LORA = {
     "token_classification": ["query", "value"],
     "sequence_classification": ["query", "value"],
     "image_classification": ["q_proj", "v_proj"],
+    "ranking": ["query", "value"],
+    "rating": ["query", "value"],
 }
 """Which layers an adapter changes; of the first kind the head too."""
 
@@ -212,14 +248,17 @@ def make(
     **settings: Any,
 ) -> Any:
     """A trainer of a tiny student with a tiny teacher, unless there is none to be had."""
-    build, dataset = KINDS[kind]
+    build, dataset = (KINDS | SCORES)[kind]
     student = build(0) if model is None else model
-    if teacher is None and trainer.needs_teacher and not settings.get("disabled_adapter_teacher"):
-        teacher = build(1)
+    if kind in KINDS:
+        if teacher is None and trainer.needs_teacher and not settings.get("disabled_adapter_teacher"):
+            teacher = build(1)
+        rest = {"teacher": teacher} | (rest or {})
+    else:
+        settings = {"stage": kind} | settings
     return trainer(
         adapted(student, kind) if lora else student,
-        teacher,
-        arguments(config, folder, **settings),
+        args=arguments(config, folder, **settings),
         train_dataset=dataset() if data is None else data,
         eval_dataset=evaluation,
         data_collator=collator(kind),

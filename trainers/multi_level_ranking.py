@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from hf_logits.checks import check_choice, check_count, check_number
 from hf_logits.class_logits import widen
 from hf_logits.meters import MeteredMixin
+from hf_logits.method_card import MethodCardMixin
 from hf_logits.preferences import refuse_rows, require_columns
-from hf_logits.resumable import ResumableMixin
+from hf_logits.resumable import RenamedWeightsMixin, ResumableMixin
 from hf_logits.tasks import bare
 from hf_logits.teachers import fingerprint, freeze, place, teaching
 
@@ -193,7 +194,7 @@ class MultiLevelRankingConfig(TrainingArguments):
             raise ValueError(f"rating_range must be the lowest and the highest rating; got {self.rating_range}.")
 
 
-class MultiLevelRankingTrainer(MeteredMixin, ResumableMixin, Trainer):
+class MultiLevelRankingTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, RenamedWeightsMixin, Trainer):
     """Trains a model with one output to give graded scores, from [Towards Quantifiable Dialogue Coherence
     Evaluation](https://huggingface.co/papers/2106.00507) (QuantiDCE).
 
@@ -212,6 +213,20 @@ class MultiLevelRankingTrainer(MeteredMixin, ResumableMixin, Trainer):
     """
 
     args: MultiLevelRankingConfig
+    _name = "Multi-level ranking"
+    _tag_names = ["hf_logits", "multi-level-ranking"]
+    _paper = {
+        "title": "Towards Quantifiable Dialogue Coherence Evaluation",
+        "id": "2106.00507",
+        # docstyle-ignore
+        "citation": """\
+@inproceedings{ye2021towards,
+    title     = {{Towards Quantifiable Dialogue Coherence Evaluation}},
+    author    = {Zheng Ye and Liucun Lu and Lishan Huang and Liang Lin and Xiaodan Liang},
+    year      = 2021,
+    booktitle = {Proceedings of the 59th Annual Meeting of the Association for Computational Linguistics}
+}""",
+    }
     loss_is_scaled_for_ga = True
     _signature_columns: Any
     _state_file = "teacher.safetensors"

@@ -301,10 +301,16 @@ class USKDTrainer(ExtraHeadMixin):
         asked = {**inputs, "output_hidden_states": True}
         try:
             with self._lens.watched() if self._extra is None else contextlib.nullcontext():
-                return super().compute_loss(model, asked, return_outputs, num_items_in_batch)
+                found = super().compute_loss(model, asked, return_outputs, num_items_in_batch)
         finally:
             handle.remove()
             self._seen, self._mean = [], None
+        if not return_outputs:
+            return found
+        loss, outputs = found
+        # what only the loss has asked for is no prediction
+        kept = {name: value for name, value in outputs.items() if not name.endswith("hidden_states")}
+        return loss, type(outputs)(**kept)
 
     def fused_rows(
         self, hidden: Float[Tensor, "N D"], labels: Int[Tensor, " N"]

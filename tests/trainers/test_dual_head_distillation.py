@@ -241,10 +241,9 @@ def test_the_second_head_takes_no_random_numbers(tmp_path):
     assert equal(kept, weights(stock))
 
 
-@pytest.mark.parametrize("head", ["linear", "nonlinear"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_the_head_is_trained_resumed_and_not_saved(head, lora, tmp_path):
-    settings = {"head": head, "head_width": 6, "save_strategy": "steps", "save_steps": 2, "lora": lora}
+def test_the_head_is_trained_resumed_with_its_statistics_and_not_saved(lora, tmp_path):
+    settings = {"head": "nonlinear", "head_width": 6, "save_strategy": "steps", "save_steps": 2, "lora": lora}
     unbroken = make(tmp_path / "a", max_steps=4, **settings)
     start = [parameter.detach().clone() for parameter in unbroken._extra.parameters()]
     unbroken.train()
@@ -318,21 +317,6 @@ def test_aligned_gradients_by_hand(tmp_path):
     after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     expected = g0 + g1 - dot.clamp(max=0) / g0.square().sum() * g0
     assert ((before - after) / 0.1 - expected).abs().max() < 1e-4 * expected.abs().max() + 1e-5
-
-
-def test_aligned_gradients_do_not_depend_on_accumulation(tmp_path):
-    found = []
-    for rows, steps in ((4, 1), (2, 2), (1, 4)):
-        trainer = make(
-            tmp_path, "image_classification", max_steps=2, per_device_train_batch_size=rows, gradient_accumulation_steps=steps,
-            **ALIGNED,
-        )  # fmt: skip
-        start = weights(trainer)
-        trainer.train()
-        found.append(weights(trainer))
-    moved = distance(start, found[0])
-    assert moved > 1e-4
-    assert max(distance(found[0], other) for other in found[1:]) < 1e-3 * moved
 
 
 def test_alignment_changes_the_step_only_where_gradients_disagree(tmp_path):

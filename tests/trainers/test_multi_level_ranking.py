@@ -1,16 +1,16 @@
 """Multi-level ranking: numbers worked out by hand, both stages, and the teacher that the student was."""
 
-import random
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig, MixtralForSequenceClassification
 
 import distilling
 import tiny
+from distilling import ranked, rated, scorer
 from hf_logits.trainers.multi_level_ranking import (
     MultiLevelRankingCollator,
     MultiLevelRankingConfig,
@@ -19,7 +19,7 @@ from hf_logits.trainers.multi_level_ranking import (
     mlr_terms,
     self_distillation,
 )
-from preferences import Stop, StopAt, arguments, distance, equal, logged, tokenizer, weights
+from preferences import arguments, distance, equal, logged, tokenizer, weights
 from two_rows import gradient, has_right_gradient
 
 
@@ -109,11 +109,6 @@ def test_self_distillation_by_hand():
 # --- the trainer ---------------------------------------------------------------------------------------------------------
 
 
-def bert(seed=0, **config: Any):
-    settings = {"num_labels": 1, "attn_implementation": "eager"} | config
-    return distilling.sequence_classification(seed, **settings)
-
-
 def llama(seed=0, **config: Any):
     made = LlamaForSequenceClassification(
         LlamaConfig(vocab_size=64, num_labels=1, attn_implementation="eager", **tiny._SMALL, **tiny._IDS, **config)
@@ -125,35 +120,16 @@ def llama(seed=0, **config: Any):
     return made
 
 
-def words(rng, fewest=1, most=4):
-    return " ".join(f"w{rng.randint(6, 63)}" for _ in range(rng.randint(fewest, most)))
-
-
-def ranked(rows=8, seed=0):
-    rng = random.Random(seed)
-    return Dataset.from_list(
-        [
-            {"context": words(rng), "responses": [[words(rng) for _ in range(rng.randint(1, 3))] for _ in range(3)]}
-            for _ in range(rows)
-        ]
-    )
-
-
-def rated(rows=8, seed=0):
-    rng = random.Random(seed)
-    return Dataset.from_list(
-        [{"context": words(rng), "response": words(rng), "rating": rng.uniform(1, 5)} for _ in range(rows)]
-    )
-
-
-def make(folder, stage="ranking", model=None, data=None, evaluation=None, rest=None, **settings):
-    return MultiLevelRankingTrainer(
-        model or bert(),
-        arguments(MultiLevelRankingConfig, folder, stage=stage, **settings),
-        train_dataset=data or (ranked() if stage == "ranking" else rated()),
-        eval_dataset=evaluation,
-        processing_class=tokenizer(),
-        **(rest or {}),
+def make(folder, stage="ranking", model=None, data=None, evaluation=None, **settings):
+    return distilling.make(
+        MultiLevelRankingTrainer,
+        MultiLevelRankingConfig,
+        folder,
+        kind=stage,
+        model=model,
+        data=data,
+        evaluation=evaluation,
+        **settings,
     )
 
 
@@ -169,7 +145,7 @@ def test_the_collator_gives_one_forward():
     assert texts == ["w6 w7", "w6 w8", "w6 w9", *(f"w10 w11 w{i}" for i in range(12, 17))]
 
 
-@pytest.mark.parametrize("build", [bert, llama], ids=["bert", "llama"])
+@pytest.mark.parametrize("build", [scorer, llama], ids=["bert", "llama"])
 def test_the_loss_is_that_of_the_formula(build, tmp_path):
     trainer = make(tmp_path, model=build(), learning_rate=0.0, max_steps=1, per_device_train_batch_size=8)
     trainer.train()
@@ -192,7 +168,7 @@ def test_the_loss_is_that_of_the_formula(build, tmp_path):
 @pytest.mark.parametrize("stage", ["ranking", "rating"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_it_learns_and_evaluates(stage, lora, tmp_path):
-    model = bert()
+    model = scorer()
     if lora:
         config = LoraConfig(r=8, lora_alpha=64, target_modules=["query", "value"], task_type="SEQ_CLS")
         model = get_peft_model(model, config)
@@ -216,22 +192,6 @@ def test_it_learns_and_evaluates(stage, lora, tmp_path):
     assert predicted.predictions.shape == predicted.label_ids.shape == ((8, 3) if stage == "ranking" else (8,))
 
 
-@pytest.mark.parametrize("stage", ["ranking", "rating"])
-def test_accumulation_cuts_a_step_as_it_likes(stage, tmp_path):
-    found = []
-    for rows, steps in ((4, 1), (2, 2), (1, 4)):
-        trainer = make(
-            tmp_path, stage, llama(), optim="sgd", learning_rate=1e-2, max_steps=2,
-            per_device_train_batch_size=rows, gradient_accumulation_steps=steps,
-        )  # fmt: skip
-        start = weights(trainer)
-        trainer.train()
-        found.append(weights(trainer))
-    moved = distance(start, found[0])
-    assert moved > 1e-4
-    assert max(distance(found[0], other) for other in found[1:]) < 1e-3 * moved
-
-
 def test_self_distillation_starts_at_zero_and_holds_back(tmp_path):
     moved = []
     for weight in (0.1, 100.0):
@@ -245,7 +205,7 @@ def test_self_distillation_starts_at_zero_and_holds_back(tmp_path):
         assert equal(before, dict(trainer.teacher.named_parameters()))
     assert moved[1] < moved[0]
     still = make(
-        tmp_path, "rating", bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), learning_rate=0.0
+        tmp_path, "rating", scorer(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), learning_rate=0.0
     )
     still.train()
     assert (
@@ -280,34 +240,45 @@ def test_a_weight_of_zero_is_a_squared_error(tmp_path):
     assert logged(trainer, "loss")[0] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_a_run_that_is_killed_and_resumed_ends_where_an_unbroken_one_does(tmp_path):
-    settings = {"max_steps": 4, "save_steps": 2}
-    unbroken = make(tmp_path / "unbroken", "rating", **settings)
+def test_a_model_that_is_saved_under_other_names_is_resumed(tmp_path):
+    """Mixtral's experts are saved one by one."""
+    config = MixtralConfig(vocab_size=64, num_labels=1, num_local_experts=2, **tiny._SMALL, **tiny._IDS)
+    settings = {"save_steps": 2, "save_strategy": "steps"}
+
+    def build():
+        return distilling._spread(MixtralForSequenceClassification(config), 0)
+
+    unbroken = make(tmp_path / "unbroken", model=build(), max_steps=4, **settings)
     unbroken.train()
-    killed = make(tmp_path / "killed", "rating", save_strategy="steps", rest={"callbacks": [StopAt(3)]}, **settings)
-    with pytest.raises(Stop):
-        killed.train()
-    resumed = make(tmp_path / "killed", "rating", save_strategy="steps", **settings)
+    make(tmp_path / "broken", model=build(), max_steps=2, **settings).train()
+    resumed = make(tmp_path / "broken", model=build(), max_steps=4, **settings)
     resumed.train(resume_from_checkpoint=True)
     assert equal(weights(unbroken), weights(resumed))
+
+
+def test_another_stage_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'ranking' or 'rating'"):
+        arguments(MultiLevelRankingConfig, tmp_path, stage="both")
+
+
+def test_resuming_from_another_model_is_refused(tmp_path):
+    settings = {"max_steps": 2, "save_steps": 2, "save_strategy": "steps"}
+    make(tmp_path, "rating", **settings).train()
     with pytest.raises(ValueError, match="another model"):
-        make(tmp_path / "killed", "rating", bert(7), save_strategy="steps", **settings).train(
-            resume_from_checkpoint=True
-        )
+        make(tmp_path, "rating", scorer(7), **settings).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"model": bert(num_labels=3)}, "num_labels=1"),
-        ({"stage": "rating", "model": bert(attn_implementation="sdpa")}, "eager"),
+        ({"model": scorer(num_labels=3)}, "num_labels=1"),
+        ({"stage": "rating", "model": scorer(attn_implementation="sdpa")}, "eager"),
         ({"data": rated()}, "responses"),
         ({"stage": "rating", "data": ranked()}, "rating"),
         ({"data": Dataset.from_list([{"context": "w6", "responses": [["w7"]]}])}, "two levels"),
         ({"data": Dataset.from_list([{"context": "w6", "responses": [["w7"], []]}])}, "no responses"),
         ({"margin": -1.0}, "margin"),
         ({"rating_range": (5.0, 1.0)}, "rating_range"),
-        ({"stage": "both"}, "'ranking' or 'rating'"),
         ({"distillation_weight": -5.0}, "distillation_weight"),
     ],
 )
