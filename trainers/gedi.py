@@ -307,15 +307,16 @@ class GeDiTrainer(ExtraHeadMixin):
         wanted = targets(inputs.pop("labels"), self.task)
         fused = self._fused and self._heads_stand_alone(inputs)
         wanted = wanted.view(*shape, -1)
-        total, sums, logits = inside(model, student, self._total, inputs, wanted, classes, fused)
+        total, values, logits = inside(model, student, self._total, inputs, wanted, classes, fused)
         loss = self._normalise(total, len(classes), num_items_in_batch)
-        self.meters["train" if student.training else "eval"].add(sums, len(classes))
+        mode, count = ("train", len(classes)) if student.training else ("eval", self.fresh_rows(len(classes)))
+        self.meters[mode].add({name: value[:count].sum() for name, value in values.items()}, count)
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _total(
         self, inputs: dict[str, Any], wanted: Int[Tensor, "B K L"], classes: Int[Tensor, " B"], fused: bool
-    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]], Float[Tensor, "B K"]]:
-        """The loss summed over the texts, sums to log, and the class logits."""
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, " B"]], Float[Tensor, "B K"]]:
+        """The loss summed over the texts, what is logged of each, and the class logits."""
         valid = wanted != -100
         tokens = self._token_log_probs(inputs, wanted.flatten(0, 1), fused)
         log_probs = tokens.new_zeros(valid.shape).masked_scatter(valid, tokens).sum(-1)
@@ -324,26 +325,24 @@ class GeDiTrainer(ExtraHeadMixin):
         scale, bias = (1.0, None) if calibration is None else (calibration.scale, calibration.bias)
         settings: dict[str, Any] = {"scale": scale, "bias": bias, "length_normalise": self.args.length_normalise}
         if log_probs.size(1) < len(self.codes):
-            terms = {"generative": gedi_generative_loss(log_probs, lengths, torch.zeros_like(classes)).sum()}
+            terms = {"generative": gedi_generative_loss(log_probs, lengths, torch.zeros_like(classes))}
             logits = log_probs.detach()
         else:
             logits = gedi_class_logits(log_probs, lengths, **settings).detach()
             terms = {
-                "generative": gedi_generative_loss(log_probs, lengths, classes).sum(),
-                "discriminative": gedi_discriminative_loss(log_probs, lengths, classes, **settings).sum(),
+                "generative": gedi_generative_loss(log_probs, lengths, classes),
+                "discriminative": gedi_discriminative_loss(log_probs, lengths, classes, **settings),
             }
         weights = self.term_weights()
         # a weight of zero turns a term off even where it is infinite
-        parts = [weights[name] * term for name, term in terms.items() if weights[name]]
-        if calibration is not None:
-            parts.append(self.keep_alive())
-        total = torch.stack(parts).sum()
-        sums = {name: term.detach() for name, term in terms.items()} | {"loss": total.detach()}
+        rows = torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum(0)
+        total = rows.sum() if calibration is None else rows.sum() + self.keep_alive()
+        values = {name: term.detach() for name, term in (terms | {"loss": rows}).items()}
         if logits.size(1) == len(self.codes):
-            sums["accuracy"] = (logits.argmax(1) == classes).sum()
+            values["accuracy"] = (logits.argmax(1) == classes).float()
         if calibration is not None:
-            sums["scale"] = len(classes) * calibration.scale.detach()
-        return total, sums, logits
+            values["scale"] = calibration.scale.detach().expand(len(classes))
+        return total, values, logits
 
     def _token_log_probs(self, inputs: dict[str, Any], wanted: Int[Tensor, "R L"], fused: bool) -> Float[Tensor, " N"]:
         if not fused:

@@ -301,9 +301,9 @@ class MultiLevelRankingTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Re
                 terms["scores"] = (scores - self.scores(before)).square()
                 distances = torch.stack([term for name, term in terms.items() if name != "rating"]).sum(0)
                 rows = rows + self.args.distillation_weight * distances
-        self.meters["train" if self._unwrapped.training else "eval"].add(
-            {name: term.sum() for name, term in terms.items()} | {"loss": rows.sum()}, len(rows)
-        )
+        mode, count = ("train", len(rows)) if self._unwrapped.training else ("eval", self.fresh_rows(len(rows)))
+        sums = {name: term[:count].sum() for name, term in (terms | {"loss": rows}).items()}
+        self.meters[mode].add(sums, count)
         items = len(rows) if num_items_in_batch is None else num_items_in_batch
         shares = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = rows.sum() * shares / items
