@@ -392,7 +392,8 @@ class GeDiTrainer(ExtraHeadMixin):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["text", "label", "secondary_code"]
+            # the length is for the sampler that groups by it
+            self._signature_columns = ["text", "label", "secondary_code", str(self.args.length_column_name)]
 
     def guide_record(self) -> dict[str, Any]:
         """Codes, scale and bias as they are now: what `gedi.json` holds."""

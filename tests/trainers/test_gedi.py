@@ -585,6 +585,16 @@ def test_a_stream_is_data_like_any_other(tmp_path):
         make(tmp_path, data=rated().map(lambda row: {"label": 5 * row["label"]}).to_iterable_dataset()).train()
 
 
+def test_texts_of_like_length_can_share_a_batch(tmp_path):
+    data = rated(64, fewest=2, most=9).map(lambda row: {"length": len(row["text"].split())})
+    padding = {}
+    for strategy in ("random", "group_by_length"):
+        trainer = make(tmp_path, data=data, train_sampling_strategy=strategy, per_device_train_batch_size=4)
+        masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+        padding[strategy] = sum(int((mask == 0).sum()) for mask in masks)
+    assert padding["group_by_length"] < padding["random"] / 2
+
+
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
 def test_the_guide_goes_to_the_hub_with_a_card(hub, tmp_path):
     trainer = make(tmp_path / "run", max_steps=1, hub_model_id="tester/guide")
