@@ -240,15 +240,15 @@ def check_stored(
         raise ValueError(
             f"The stored teacher does {manifest['task']} and the student {task}: load the student for it."
         )
-    if task not in LANGUAGE:
-        check_class_names(config, PreTrainedConfig(id2label=dict(enumerate(manifest["names"]))))
-        return None
     mine = tokenizer_hash(tokenizer)
     if None not in (mine, manifest["tokenizer"]) and mine != manifest["tokenizer"]:
         raise ValueError(
             "The teacher's logits were stored for another tokenizer than the student's processing_class: ids mean other tokens. Distil "
             "within one tokenizer, or store the teacher again."
         )
+    if task not in LANGUAGE:
+        check_class_names(config, PreTrainedConfig(id2label=dict(enumerate(manifest["names"]))))
+        return None
     size, classes = config.get_text_config().vocab_size, manifest["classes"]
     if classes > size:
         raise ValueError(
