@@ -631,6 +631,20 @@ def test_another_teacher_for_evaluation_or_no_teacher_at_all_is_refused(kept, st
         distil(tmp_path, data, "sequence_classification", model=model)
 
 
+def test_a_stream_of_a_stored_teacher_has_to_say_whose_it_is(kept, tmp_path):
+    data = kept("causal_lm")
+    stream = data.with_format(None).to_iterable_dataset()
+    with pytest.raises(ValueError, match="is lost: streams and files"):
+        distil(tmp_path, stream)
+    stream.info.description = data.info.description
+    losses = []
+    for one in (stream, data):
+        trainer = distil(tmp_path, one, train_sampling_strategy="sequential")
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1]
+
+
 def test_a_classifier_stored_for_another_tokenizer_is_refused(kept, tmp_path):
     data = kept("sequence_classification")
     distil(tmp_path, data, "sequence_classification")
