@@ -19,8 +19,18 @@ from hf_logits.meters import MeteredMixin, compare
 from hf_logits.method_card import MethodCardMixin
 from hf_logits.resumable import RenamedWeightsMixin, ResumableMixin
 from hf_logits.stored_teacher import IDS, LOG_PROBS, TeacherLogitsCollator, check_stored, stored_fingerprint, stored_of
-from hf_logits.tasks import LANGUAGE, bare, check_one_class, collator_for, shared_classes, targets, task_of, valid_rows
-from hf_logits.teachers import check_apart, fingerprint, freeze, place, teaching, without_cache
+from hf_logits.tasks import (
+    LANGUAGE,
+    bare,
+    check_one_class,
+    collator_for,
+    decoder_inputs,
+    shared_classes,
+    targets,
+    task_of,
+    valid_rows,
+)
+from hf_logits.teachers import arguments_of, check_apart, fingerprint, freeze, in_dtype, place, teaching, without_cache
 
 
 logger = logging.get_logger(__name__)
@@ -109,6 +119,8 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
         **rest: Any,
     ):
         name = type(self).__name__
+        if not isinstance(model, PreTrainedModel | PeftModel):
+            raise TypeError(f"The student must be a PreTrainedModel or a PeftModel, got {type(model).__name__}.")
         if args is None:
             args = self._config(f"{str(model.config.name_or_path or 'student').split('/')[-1]}-{self._name}")
         elif not isinstance(args, self._config):
@@ -143,7 +155,7 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
             )
             freeze(teacher)
         if rest.get("data_collator") is None:
-            rest["data_collator"] = collator_for(task, model, tokenizer)
+            rest["data_collator"] = collator_for(task, model, tokenizer, rest.get("train_dataset"))
         super().__init__(model, args, **rest)
         if stored is not None:
             self.data_collator = TeacherLogitsCollator(self.data_collator, k=stored["k"], task=task)
@@ -158,7 +170,13 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
         if stored is not None:
             self._fingerprint = stored_fingerprint(stored)
         self._teacher_settings: dict[str, Any] = {} if read is None else without_cache(read)
+        self._teacher_dtype = None if teacher is None else bare(teacher).dtype
+        self._teacher_alone = set() if teacher is None else arguments_of(teacher) - arguments_of(model)
         self.teacher: Any = None if teacher is None else place(teacher, self.accelerator)
+        settings = bare(model).config.get_text_config().to_dict()
+        self._balance: float = (
+            settings.get("router_aux_loss_coef", 0.0) if settings.get("output_router_logits") else 0.0
+        )
         self._prepare_heads(model, teacher)
 
     # --- what a method defines ---------------------------------------------------------------------------------------
@@ -218,8 +236,10 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
             taught = None
             with self._teaching() as teacher:
                 if teacher is not None:
-                    taught, _ = valid_rows(teacher(**inputs, **self._teacher_settings).logits, wanted)
-            outputs = model(**inputs)
+                    taught, _ = valid_rows(
+                        teacher(**self._for_teacher(inputs), **self._teacher_settings).logits, wanted
+                    )
+            outputs = model(**self._for_student(inputs))
             student, labels = valid_rows(outputs.logits, wanted)
             rows = len(labels)
             total, sums = self.weigh(student, taught, labels, *stored)
@@ -228,6 +248,7 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
                 some = None if taught is None else taught[chosen]
                 more, found = self.weigh_between(rows, student[chosen], some, labels[chosen])
                 total, sums = total + more, sums | found
+            total, sums = self._keep_balance(outputs, rows, total, sums)
         loss = self._normalise(total, rows, num_items_in_batch)
         self.meters["train" if self._unwrapped.training else "eval"].add(sums | {"loss": total.detach()}, rows)
         return (loss, outputs) if return_outputs else loss
@@ -240,10 +261,10 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
         with self._teaching() as teacher:
             if teacher is not None:
                 with (self._teacher_head or self._student_head).spared() as seen:
-                    teacher(**inputs, **self._teacher_settings)
+                    teacher(**self._for_teacher(inputs), **self._teacher_settings)
                 teacher_hidden = seen[0][:, -wanted.size(1) :][valid]
         with self._student_head.spared() as seen:
-            self._unwrapped(**inputs)
+            outputs = self._unwrapped(**self._for_student(inputs))
         hidden = seen[0][:, -wanted.size(1) :][valid]
 
         def teach(rows: Tensor) -> Tensor:
@@ -274,7 +295,16 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
                 stored=stored,
                 between=None if chosen is None else (chosen.to(labels.device), between),
             )
-        return total, sums, rows
+        return *self._keep_balance(outputs, rows, total, sums), rows
+
+    def _keep_balance(
+        self, outputs: Any, rows: int, total: Float[Tensor, ""], sums: dict[str, Float[Tensor, ""]]
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """With the loss of a mixture of experts' routers, if the student's config has `output_router_logits`, as if each row had it."""
+        if not self._balance or outputs.get("aux_loss") is None:
+            return total, sums
+        balance = rows * outputs.aux_loss
+        return total + self._balance * balance, sums | {"aux_loss": balance.detach()}
 
     def _plain(self) -> Any:
         """No autocast: not in the loss, nor for a teacher, which has a dtype of its own."""
@@ -284,9 +314,9 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
         """Whether the heads give the models' logits from hidden states alone: tried out once, on the first batch."""
         if self._heads_tried:
             return True
-        reason = self._student_head.fails(self._unwrapped, inputs)
+        reason = self._student_head.fails(self._unwrapped, self._for_student(inputs))
         if reason is None and self._teacher_head is not None:
-            reason = self._teacher_head.fails(self.teacher, inputs)
+            reason = self._teacher_head.fails(self.teacher, self._for_teacher(inputs))
         if reason is not None:
             self._not_fused(reason)
         self._heads_tried = reason is None
@@ -380,8 +410,7 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
                 "from. Give the dataset labels, or a data_collator that makes them."
             )
         if self.task == "seq2seq" and inputs.get("decoder_input_ids") is None:
-            whole: Any = bare(self._unwrapped)
-            inputs["decoder_input_ids"] = whole.prepare_decoder_input_ids_from_labels(labels=labels)
+            inputs["decoder_input_ids"] = decoder_inputs(self._unwrapped, labels)
         wanted = targets(labels, self.task) if shifted is None else shifted
         expected = 1 if self.task in ("sequence_classification", "image_classification") else 2
         if wanted.is_floating_point() or wanted.dim() != expected:
@@ -390,6 +419,16 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
                 f"{tuple(wanted.shape)}."
             )
         return inputs, wanted, tuple(one[wanted != -100] for one in stored)
+
+    def _for_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Without what only the teacher reads: segments of a text, say."""
+        return {name: value for name, value in inputs.items() if name not in self._teacher_alone}
+
+    def _for_teacher(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """In a teacher's own dtype, to which not every model brings images. An adapter's base reads what the student does."""
+        if self._teacher_dtype is None:
+            return self._for_student(inputs)
+        return in_dtype(inputs, self._teacher_dtype)
 
     @property
     def _unwrapped(self) -> Any:
@@ -422,7 +461,9 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Any, Any]:
         inputs = self._without_repeats(inputs)
-        if not prediction_loss_only or inputs.get("labels") is None:
+        if inputs.get("labels") is None:
+            return super().prediction_step(model, self._for_student(inputs), prediction_loss_only, ignore_keys)
+        if not prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         items = self._get_num_items_in_batch([inputs], self.args.device)
@@ -438,7 +479,7 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
         return {**inputs, **masked}
 
     def meter_names(self) -> list[str]:
-        return [*self.term_weights(), *METERS]
+        return [*self.term_weights(), *METERS, *(["aux_loss"] if self._balance else [])]
 
     def extra_state(self) -> dict[str, Tensor]:
         return {} if self._fingerprint is None else {"fingerprint": self._fingerprint}
@@ -455,8 +496,8 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.stored is not None:
-            self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), IDS, LOG_PROBS]))
+        more = [*sorted(self._teacher_alone), *([] if self.stored is None else [IDS, LOG_PROBS])]
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *more]))
 
     # --- what is refused, and defaults -------------------------------------------------------------------------------
 

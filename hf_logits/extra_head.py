@@ -27,6 +27,11 @@ class ExtraHeadMixin(DistillationTrainer):
             raise ValueError(
                 f"{type(self).__name__} adds a head to the student, which cannot be sharded: use DDP, or DeepSpeed's ZeRO-1 or 2."
             )
+        if self.optimizer is not None:
+            raise ValueError(
+                f"{type(self).__name__} adds a head to the student, which the optimizer that was given does not know: give "
+                "optimizer_cls_and_kwargs, or set optim and learning_rate."
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.args.seed)
             self._extra = build()

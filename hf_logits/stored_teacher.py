@@ -202,13 +202,20 @@ def stored_of(given: dict[str, Any]) -> dict[str, Any] | None:
     """The teacher that the datasets of a trainer's arguments were stored from, `None` if the one for training is not stored.
 
     Raises:
-        ValueError: a dataset for evaluation is of another teacher, or of none.
+        ValueError: a dataset for evaluation is of another teacher, or of none, or it is not known of whom the one for training is.
     """
     manifest = stored_manifest(given.get("train_dataset"))
     evaluation = given.get("eval_dataset")
     others = evaluation if isinstance(evaluation, dict) else {} if evaluation is None else {"eval_dataset": evaluation}
     if manifest is None and given.get("train_dataset") is None and others:
         manifest = stored_manifest(next(iter(others.values())))
+    train = given.get("train_dataset")
+    if manifest is None and isinstance(train, Dataset | IterableDataset) and IDS in (train.column_names or ()):
+        raise ValueError(
+            f"train_dataset has the column {IDS}, but what load_teacher_logits knows about the teacher is lost: streams and files such as "
+            "Parquet drop it, and several teachers cannot be joined. Hand it on with `train_dataset.info.description = "
+            "stored.info.description`, or give the dataset of load_teacher_logits itself."
+        )
     if manifest is None:
         return None
     for name, other in others.items():
@@ -240,15 +247,15 @@ def check_stored(
         raise ValueError(
             f"The stored teacher does {manifest['task']} and the student {task}: load the student for it."
         )
-    if task not in LANGUAGE:
-        check_class_names(config, PreTrainedConfig(id2label=dict(enumerate(manifest["names"]))))
-        return None
     mine = tokenizer_hash(tokenizer)
     if None not in (mine, manifest["tokenizer"]) and mine != manifest["tokenizer"]:
         raise ValueError(
             "The teacher's logits were stored for another tokenizer than the student's processing_class: ids mean other tokens. Distil "
             "within one tokenizer, or store the teacher again."
         )
+    if task not in LANGUAGE:
+        check_class_names(config, PreTrainedConfig(id2label=dict(enumerate(manifest["names"]))))
+        return None
     size, classes = config.get_text_config().vocab_size, manifest["classes"]
     if classes > size:
         raise ValueError(

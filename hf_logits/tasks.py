@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from jaxtyping import Float, Int, Shaped
 from peft import PeftModel
 from torch import Tensor
@@ -13,10 +14,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from hf_logits.class_logits import widen
 from hf_logits.prompts import check_same_tokenizer
 
+
+logger = logging.get_logger(__name__)
 
 LANGUAGE = ("causal_lm", "seq2seq", "masked_lm")
 """Tasks whose classes are the tokens of a vocabulary."""
@@ -29,6 +33,7 @@ _ENDINGS = {
     "ForCausalLM": "causal_lm",
     "LMHeadModel": "causal_lm",
     "ForConditionalGeneration": "causal_lm",
+    "MTModel": "causal_lm",
 }
 
 
@@ -48,15 +53,31 @@ def task_of(model: PreTrainedModel | PeftModel) -> str | None:
     return None
 
 
-def collator_for(task: str, model: PreTrainedModel | PeftModel, tokenizer: Any) -> Any:
-    """What makes batches of labelled rows, where [`~transformers.Trainer`]'s default would not pad or make their labels, else `None`."""
+def collator_for(task: str, model: PreTrainedModel | PeftModel, tokenizer: Any, dataset: Any = None) -> Any:
+    """What makes batches of labelled rows, where [`~transformers.Trainer`]'s default would not pad or make their labels, else `None`.
+
+    Tokens are masked at random only in a dataset without labels: others say what is masked.
+    """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return None
     if task in ("causal_lm", "seq2seq"):
         return DataCollatorForSeq2Seq(tokenizer, bare(model))
-    if task == "token_classification":
+    labelled = isinstance(dataset, Dataset | IterableDataset) and "labels" in (dataset.column_names or ())
+    if task == "token_classification" or (task == "masked_lm" and labelled):
         return DataCollatorForTokenClassification(tokenizer)
     return DataCollatorForLanguageModeling(tokenizer) if task == "masked_lm" else None
+
+
+def decoder_inputs(model: PreTrainedModel | PeftModel, labels: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """What an encoder-decoder's decoder reads: the labels, one place later."""
+    whole: Any = bare(model)
+    prepare = getattr(whole, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        found: Tensor = prepare(labels=labels)
+        return found
+    # M2M100 and Blenderbot shift inside of their forward, where they are given the labels
+    later = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=whole.config.decoder_start_token_id)
+    return later.masked_fill(later == -100, whole.config.pad_token_id)
 
 
 def targets(labels: Shaped[Tensor, "B ..."], task: str) -> Shaped[Tensor, "B ..."]:
@@ -101,14 +122,20 @@ def shared_classes(
             f"load the teacher with the Auto class of the student's task."
         )
     configs = bare(student).config, bare(teacher).config
+    compared = all(isinstance(one, PreTrainedTokenizerBase) for one in (tokenizer, teacher_tokenizer))
+    if compared:  # both models read the same ids, whatever they predict
+        check_same_tokenizer(tokenizer, teacher_tokenizer)
     if tasks[0] not in LANGUAGE:
         check_class_names(*configs)
         return None
-    if isinstance(tokenizer, PreTrainedTokenizerBase) and isinstance(teacher_tokenizer, PreTrainedTokenizerBase):
-        check_same_tokenizer(tokenizer, teacher_tokenizer)
     sizes = [config.get_text_config().vocab_size for config in configs]
     known = len(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else min(sizes)
     shared = min(*sizes, known)
+    if sizes[0] != sizes[1] and not compared:
+        logger.warning_once(
+            f"The student has {sizes[0]} tokens and the teacher {sizes[1]}: both are cut to {shared}, as if only padding differed. Give "
+            "processing_class and teacher_processing_class, so that their tokens are compared."
+        )
     return None if sizes == [shared, shared] else shared
 
 

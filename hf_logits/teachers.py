@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,10 +30,23 @@ def freeze(teacher: PreTrainedModel | PeftModel) -> None:
     teacher.eval()
 
 
+def arguments_of(model: PreTrainedModel | PeftModel) -> set[str]:
+    """What its forward reads by name."""
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    return set(inspect.signature(type(whole).forward).parameters) - {"self", "args", "kwargs"}
+
+
 def without_cache(teacher: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """Arguments with which it keeps no keys and values that nobody will read."""
-    whole = teacher.get_base_model() if isinstance(teacher, PeftModel) else teacher
-    return {"use_cache": False} if "use_cache" in inspect.signature(type(whole).forward).parameters else {}
+    return {"use_cache": False} if "use_cache" in arguments_of(teacher) else {}
+
+
+def in_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Images, sounds and the like in a model's dtype; ids as they are."""
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 def place(teacher: PreTrainedModel | PeftModel, accelerator: Any) -> Any:

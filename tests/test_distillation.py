@@ -5,11 +5,37 @@ import math
 import pytest
 import torch
 from torch.nn import functional
-from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    DataCollatorForSeq2Seq,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 import tiny
-from distilling import CLASSES, KINDS, LANGUAGE, adapted, image_classification, make, texts
-from hf_logits import teachers
+from distilling import (
+    CLASSES,
+    KINDS,
+    LANGUAGE,
+    adapted,
+    clozes,
+    image_classification,
+    make,
+    sorted_texts,
+    texts,
+    words,
+)
+from hf_logits import tasks, teachers
 from hf_logits.distillation import DistillationConfig, DistillationTrainer
 from hf_logits.tasks import targets, task_of
 from oracles import word_tokenizer
@@ -173,6 +199,50 @@ def test_the_disabled_adapter_is_a_free_teacher(kind, fused, tmp_path):
     moved = distance(start, weights(free))
     assert moved > 1e-5 and distance(weights(free), weights(copied)) < 1e-3 * moved
     assert logged(free, "loss") == pytest.approx(logged(copied, "loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["table", "stream"])
+def test_a_teacher_reads_segments_that_the_student_has_no_word_for(streamed, tmp_path):
+    settings = {
+        "vocab_size": tiny.VOCAB,
+        "dim": 32,
+        "n_layers": 1,
+        "n_heads": 4,
+        "hidden_dim": 64,
+        "num_labels": CLASSES,
+    }
+    student = DistilBertForSequenceClassification(DistilBertConfig(**settings, max_position_embeddings=32))
+    data = sorted_texts(4).map(lambda row: {"token_type_ids": [0, 0] + [1] * (len(row["input_ids"]) - 2)})
+    read = {"teacher": [], "student": []}
+    teacher = KINDS["sequence_classification"][0](1)
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.register_forward_pre_hook(lambda *given, n=name: read[n].append(given[2]), with_kwargs=True)
+    trainer = build(
+        tmp_path,
+        kind="sequence_classification",
+        model=student,
+        teacher=teacher,
+        data=data.to_iterable_dataset() if streamed else data,
+        evaluation=data,
+        max_steps=1,
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.predict(data.remove_columns("labels"))
+    assert len(read["teacher"]) == 2 and len(read["student"]) == 3
+    assert all(given["token_type_ids"].sum() == given["attention_mask"].sum() - 4 for given in read["teacher"][:1])
+    assert not any("token_type_ids" in given for given in read["student"])
+
+
+def test_a_teacher_in_half_precision_reads_images_in_its_own_dtype(tmp_path):
+    settings = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": CLASSES}
+    settings |= {"layer_type": "basic"}
+    student, teacher = (ResNetForImageClassification(ResNetConfig(**settings)) for _ in range(2))
+    trainer = build(
+        tmp_path, kind="image_classification", model=student, teacher=teacher.to(torch.bfloat16), max_steps=1
+    )
+    trainer.train()
+    assert all(math.isfinite(logits.sum()) for logits in trainer.seen[0][:2])
 
 
 def test_nobody_is_taught_where_no_teacher_is_needed(tmp_path):
@@ -438,6 +508,93 @@ def test_another_tokenizer_is_refused_by_its_first_differing_token(tmp_path):
     with pytest.raises(ValueError, match="id \\d+ is"):
         build(tmp_path, rest={"teacher_processing_class": other})
     build(tmp_path, rest={"teacher_processing_class": tokenizer()})
+
+
+@pytest.mark.parametrize("kind", ["sequence_classification", "token_classification"])
+def test_classifiers_that_read_other_tokens_are_refused_too(kind, tmp_path):
+    with pytest.raises(ValueError, match="id \\d+ is"):
+        build(tmp_path, kind=kind, rest={"teacher_processing_class": word_tokenizer(["zebra"])})
+    build(tmp_path, kind=kind, rest={"teacher_processing_class": words(kind)})
+
+
+def test_vocabularies_of_two_sizes_whose_tokens_nobody_compared_are_warned_about(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(tasks.logger, "warning_once", said.append)
+    models = {"model": tiny.llama(0), "teacher": tiny.llama(1, vocab_size=72)}
+    build(tmp_path, **models, rest={"teacher_processing_class": tokenizer()})
+    build(tmp_path)
+    assert not said
+    build(tmp_path, **models)
+    assert "The student has 64 tokens and the teacher 72" in said[0]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_tokens_are_masked_at_random_only_where_no_labels_say_what_is_masked(labelled, tmp_path):
+    data = clozes(4) if labelled else clozes(4).remove_columns("labels")
+    words_of = words("masked_lm")
+    words_of.mask_token = "w6"
+    trainer = Plain(
+        *(KINDS["masked_lm"][0](seed) for seed in range(2)),
+        arguments(DistillationConfig, tmp_path, per_device_train_batch_size=4),
+        train_dataset=data,
+        processing_class=words_of,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    given = sorted(label for row in clozes(4)["labels"] for label in row if label != -100)
+    assert (sorted(batch["labels"][batch["labels"] != -100].tolist()) == given) == labelled
+
+
+@both
+def test_routers_of_a_mixture_of_experts_are_kept_in_balance(fused, tmp_path):
+    settings = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.5,
+        "vocab_size": tiny.VOCAB,
+    }
+    settings |= {**tiny._SMALL, **tiny._IDS}
+    losses = {}
+    for balanced in (True, False):
+        student, teacher = (
+            tiny.spread(MixtralForCausalLM(MixtralConfig(**settings, output_router_logits=balanced)), seed)
+            for seed in range(2)
+        )
+        trainer = build(
+            tmp_path,
+            model=student,
+            teacher=teacher,
+            data=texts(2),
+            fused_head=fused,
+            evaluation=texts(2),
+        )
+        losses[balanced] = trainer.evaluate()
+    batch = trainer.data_collator([texts(2)[i] for i in range(2)])
+    with torch.no_grad():
+        fresh = tiny.spread(MixtralForCausalLM(MixtralConfig(**settings, output_router_logits=True)), 0)
+        expected = fresh(**batch).aux_loss.item()
+    assert losses[True]["eval_distillation/aux_loss"] == pytest.approx(expected, rel=1e-5)
+    assert losses[True]["eval_loss"] - losses[False]["eval_loss"] == pytest.approx(0.5 * expected, rel=1e-4)
+    assert "eval_distillation/aux_loss" not in losses[False]
+
+
+@both
+@pytest.mark.parametrize("kind", ["m2m", "marian"])
+def test_encoder_decoders_that_shift_their_labels_elsewhere(kind, fused, tmp_path):
+    settings = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    settings |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": tiny.VOCAB, **tiny._IDS}
+    settings |= {"decoder_start_token_id": 2, "dropout": 0.0, "max_position_embeddings": 32}
+    config = {"m2m": M2M100Config, "marian": MarianConfig}[kind](**settings)
+    student, teacher = (
+        tiny.spread({"m2m": M2M100ForConditionalGeneration, "marian": MarianMTModel}[kind](config), seed)
+        for seed in range(2)
+    )
+    trainer = build(
+        tmp_path, Alone, kind="seq2seq", model=student, evaluation=KINDS["seq2seq"][1](2), fused_head=fused
+    )
+    batch = DataCollatorForSeq2Seq(words("seq2seq"))([KINDS["seq2seq"][1](2)[i] for i in range(2)])
+    with torch.no_grad():
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(student(**batch).loss.item(), rel=1e-5)
+    build(tmp_path, kind="seq2seq", model=student, teacher=teacher, fused_head=fused, max_steps=1).train()
 
 
 def test_a_label_beyond_the_shared_vocabulary_is_refused(tmp_path):

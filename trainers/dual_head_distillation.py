@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -147,12 +148,21 @@ def build_head(kind: str, width: int, classes: int, *, inner: int) -> nn.Module:
     )
 
 
-def find_classifier(model: Any, classes: int) -> nn.Linear:
+def base_layer(module: Any) -> Any:
+    """What an adapter wraps, or the layer itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def find_classifier(model: Any, classes: int) -> Any:
     """The linear layer that a model's logits come from: the last one with as many outputs as there are classes."""
     whole: Any = bare(model)
     output = whole.get_output_embeddings()
-    modules = whole.modules() if output is None else output.modules()
-    found = [module for module in modules if isinstance(module, nn.Linear) and module.out_features == classes]
+    modules = list((whole if output is None else output).modules())
+    # an adapter's layers are none of the model's, and what it wraps does not give the logits alone
+    adapters: set[Any] = {module for module in modules if isinstance(module, BaseTunerLayer)}
+    inner = {module for adapter in adapters for module in adapter.modules()} - adapters
+    linear = {module: base_layer(module) for module in modules if module not in inner}
+    found = [module for module, base in linear.items() if isinstance(base, nn.Linear) and base.out_features == classes]
     if not found:
         raise ValueError(
             f"{type(whole).__name__} has no linear layer with {classes} outputs to put a second head beside."
@@ -258,11 +268,21 @@ class DualHeadDistillationTrainer(ExtraHeadMixin):
                     "gradient_alignment works on whole gradients as they are: not with DeepSpeed, which shards them, nor with fp16, "
                     "which scales them. Use DDP and bf16, or turn it off."
                 )
+            if self._balance:
+                raise ValueError(
+                    "gradient_alignment knows the gradients of two losses, and a mixture of experts' routers have a third: set the "
+                    "student's config.output_router_logits=False, or turn gradient_alignment off."
+                )
+        if self.args.torch_compile:
+            raise ValueError(
+                "The auxiliary head reads what the classifier reads, by a hook that a compiled model does not call: turn torch_compile "
+                "off."
+            )
         config: Any = bare(model).config
         language = self.task in LANGUAGE
         classes = config.get_text_config().vocab_size if language else config.num_labels
         self._classifier = find_classifier(model, classes)
-        width = self._classifier.in_features
+        width = base_layer(self._classifier).in_features
         self.attach(lambda: build_head(self.args.head, width, classes, inner=self.args.head_width))
 
     def _prepare_heads(self, model: Any, teacher: Any) -> None:
@@ -373,6 +393,10 @@ class DualHeadDistillationTrainer(ExtraHeadMixin):
         if self.accelerator.sync_gradients:
             self._align(parameters)
         return loss.detach()
+
+    def _inner_training_loop(self, *given: Any, **named: Any) -> Any:
+        self._gradients = ({}, {})  # a run that broke off, for want of memory say, may have left half a step
+        return super()._inner_training_loop(*given, **named)
 
     def _align(self, parameters: list[nn.Parameter]) -> None:
         """Both gradients of the whole step, over all processes, into one."""

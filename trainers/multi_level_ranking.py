@@ -189,6 +189,13 @@ class MultiLevelRankingConfig(TrainingArguments):
         check_number("upper", self.upper, minimum=0.0)
         check_number("distillation_weight", self.distillation_weight, minimum=0.0)
         check_count("max_length", self.max_length, minimum=1)
+        loading: Any = self.accelerator_config
+        if loading.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches=True cuts all tensors of a batch after as many rows as there are contexts, and responses are more: leave "
+                "it out."
+            )
+        loading.dispatch_batches = False  # of streams it is the default
         low, high = self.rating_range
         if not low < high:
             raise ValueError(f"rating_range must be the lowest and the highest rating; got {self.rating_range}.")

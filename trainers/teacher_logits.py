@@ -4,7 +4,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,8 +36,8 @@ from hf_logits.stored_teacher import (
     weights_hash,
     write_manifest,
 )
-from hf_logits.tasks import LANGUAGE, bare, check_one_class, targets, task_of, valid_rows
-from hf_logits.teachers import without_cache
+from hf_logits.tasks import LANGUAGE, bare, check_one_class, decoder_inputs, targets, task_of, valid_rows
+from hf_logits.teachers import in_dtype, without_cache
 
 
 __all__ = ["TeacherLogitsCollator", "load_teacher_logits", "store_teacher_logits"]
@@ -268,12 +268,12 @@ class _Stored:
         for rows in _batches(shard, self.teacher, batch_size):
             batch = {
                 name: value.to(self.teacher.device) if isinstance(value, Tensor) else value
-                for name, value in self.data_collator(rows).items()
+                for name, value in in_dtype(self.data_collator(rows), bare(self.teacher).dtype).items()
             }
-            labels, whole = batch.pop("labels"), cast(Any, bare(self.teacher))
+            labels = batch.pop("labels")
             wanted = targets(labels, self.task)
             if self.task == "seq2seq" and batch.get("decoder_input_ids") is None:
-                batch["decoder_input_ids"] = whole.prepare_decoder_input_ids_from_labels(labels=labels)
+                batch["decoder_input_ids"] = decoder_inputs(self.teacher, labels)
             _count_positions(batch, self.teacher, self.task)
             counts = (wanted != -100).view(len(rows), -1).sum(1).tolist()
             parts = [top_log_probs(part, self.k) for part in self.logits(batch, wanted).split(_ROWS)]

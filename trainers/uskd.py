@@ -259,7 +259,12 @@ class USKDTrainer(ExtraHeadMixin):
             self._lens = Head(self._unwrapped)
             return
         config: Any = bare(model).config
-        widths = config.to_dict().get("hidden_sizes") or [config.hidden_size]
+        widths = config.to_dict().get("hidden_sizes") or [getattr(config, "hidden_size", None)]
+        if None in widths:
+            raise ValueError(
+                f"{type(config).__name__} does not say how wide the hidden states are, which weak logits are made of: give a model whose "
+                "config has hidden_size or hidden_sizes."
+            )
         layer = self._layer(len(widths) + 1) if len(widths) > 1 else -1
         # the first hidden state is the embeddings', as wide as the first stage
         width = widths[max(layer - 1, 0)] if layer >= 0 else widths[layer]
@@ -289,7 +294,7 @@ class USKDTrainer(ExtraHeadMixin):
         def keep(module: Any, args: Any, output: Any) -> None:
             if not isinstance(output, ModelOutput):  # a loss comes through here too
                 return
-            states = output["decoder_hidden_states" if self.task == "seq2seq" else "hidden_states"]
+            states = output["decoder_hidden_states" if "decoder_hidden_states" in output else "hidden_states"]
             hidden = states[self._layer(len(states))]
             if wanted.dim() == 1:
                 mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None

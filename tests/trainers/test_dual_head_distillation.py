@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
 import distilling
 import tiny
@@ -218,6 +219,29 @@ def test_a_decoder_reads_what_its_classifier_read_at_the_token_that_counts(tmp_p
     assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("layers", [["query", "classifier"], "all-linear"], ids=["named", "all"])
+def test_the_head_beside_an_adapted_classifier_reads_what_that_reads(layers, tmp_path):
+    student = get_peft_model(distilling.sequence_classification(0), LoraConfig(r=4, target_modules=layers))
+    trainer = make(tmp_path, model=student)
+    assert trainer._extra.in_features == 32
+    trainer.train()
+
+
+def test_a_decoder_whose_classifier_is_adapted_reads_the_token_that_counts(tmp_path):
+    student = get_peft_model(decoder(), LoraConfig(r=4, target_modules=["q_proj", "score"]))
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    trainer = make(tmp_path, model=student, teacher=decoder(1), ce_weight=0.0)
+    (batch,) = list(trainer.get_train_dataloader())
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    model, mask = trainer.model.eval().get_base_model(), inputs["attention_mask"]
+    ends = (torch.arange(mask.size(1)) * mask).argmax(-1)
+    last = model.model(**inputs).last_hidden_state[torch.arange(len(mask)), ends]
+    expected = binary_kl_norm_loss(model.distillation_head(last), trainer.teacher(**inputs).logits, temperature=2.0)
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["sequence_classification", "causal_lm"])
 @pytest.mark.parametrize("alignment", [False, True], ids=["plain", "aligned"])
 def test_a_weight_of_zero_is_the_cross_entropy_bit_for_bit(kind, alignment, tmp_path):
@@ -331,6 +355,31 @@ def test_alignment_changes_the_step_only_where_gradients_disagree(tmp_path):
     assert (distance(*found) > 1e-5) == (dot.item() < 0)
 
 
+def test_half_a_step_of_a_run_that_broke_off_is_forgotten(tmp_path):
+    class Breaks(DualHeadDistillationTrainer):
+        left = 3
+
+        def training_step(self, *given):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+            return super().training_step(*given)
+
+    found = []
+    for broken in (True, False):
+        settings = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4} | ALIGNED
+        trainer = distilling.make(
+            Breaks, DualHeadDistillationConfig, tmp_path, kind="sequence_classification", model=still(), **settings
+        )
+        if broken:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        trainer.left = -1
+        trainer.train()
+        found.append(weights(trainer))
+    assert equal(*found)
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
@@ -349,5 +398,14 @@ def test_bad_settings_are_refused(settings, match, tmp_path):
 def test_what_cannot_be_done_is_refused(tmp_path):
     with pytest.raises(ValueError, match="two rows"):
         make(tmp_path, head="nonlinear", per_device_train_batch_size=1).train()
+    with pytest.raises(ValueError, match="turn torch_compile off"):
+        make(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    student = distilling.sequence_classification()
+    with pytest.raises(ValueError, match="does not know"):
+        make(tmp_path, model=student, rest={"optimizers": (torch.optim.SGD(student.parameters(), lr=0.1), None)})
+    with pytest.raises(ValueError, match="have a third"):
+        settings = {"output_router_logits": True, "num_local_experts": 2, "vocab_size": tiny.VOCAB, **tiny._SMALL}
+        mixtures = [MixtralForCausalLM(MixtralConfig(**settings)) for _ in range(2)]
+        make(tmp_path, "causal_lm", model=mixtures[0], teacher=mixtures[1], gradient_alignment=True)
     with pytest.raises(ValueError, match="all tokens of a batch"):
         make(tmp_path, "causal_lm", fused_head=True, head="nonlinear")

@@ -256,6 +256,25 @@ def test_a_model_that_is_saved_under_other_names_is_resumed(tmp_path):
     assert equal(weights(unbroken), weights(resumed))
 
 
+@pytest.mark.parametrize("stage", ["ranking", "rating"])
+def test_a_stream_is_the_same_as_its_table(stage, tmp_path):
+    losses = []
+    for streamed in (False, True):
+        data = distilling.SCORES[stage][1](4)
+        trainer = distilling.make(
+            MultiLevelRankingTrainer,
+            MultiLevelRankingConfig,
+            tmp_path,
+            kind=stage,
+            data=data.to_iterable_dataset() if streamed else data,
+            evaluation=data.to_iterable_dataset() if streamed else data,
+            max_steps=1,
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+        trainer.train()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_another_stage_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'ranking' or 'rating'"):
         arguments(MultiLevelRankingConfig, tmp_path, stage="both")
@@ -278,6 +297,7 @@ def test_resuming_from_another_model_is_refused(tmp_path):
         ({"data": Dataset.from_list([{"context": "w6", "responses": [["w7"]]}])}, "two levels"),
         ({"data": Dataset.from_list([{"context": "w6", "responses": [["w7"], []]}])}, "no responses"),
         ({"margin": -1.0}, "margin"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
         ({"rating_range": (5.0, 1.0)}, "rating_range"),
         ({"distillation_weight": -5.0}, "distillation_weight"),
     ],

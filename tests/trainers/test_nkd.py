@@ -22,6 +22,19 @@ def test_numbers(gamma, temperature, expected):
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(("temperature", "gamma", "expected"), [(1.0, 1.5, 1.773081), (3.0, 3.5, 34.903155)])
+def test_numbers_of_both_parts(temperature, gamma, expected):
+    s, t, y = student(), teacher(), labels()
+    p_t, p_s = (x.softmax(-1).gather(-1, y[:, None])[:, 0] for x in (t, s))
+    assert p_t.tolist() == pytest.approx([0.694179, 0.597695], abs=1e-6)
+    assert p_s.tolist() == pytest.approx([0.473991, 0.706651], abs=1e-6)
+    assert nkd_target(s, t, y).mean().item() == pytest.approx(0.362891, abs=1e-6)
+    rest = nkd_non_target(s, t, y, temperature=temperature)
+    assert gamma * rest.mean().item() == pytest.approx(expected, abs=1e-6)
+    whole = nkd_target(s, t, y) + (1 - p_t) * (nkd_non_target(s, t, y, temperature=1.0) - (1 - p_s).log())
+    assert whole.tolist() == pytest.approx([1.062396, 1.194644], abs=1e-6)
+
+
 def test_at_equality_it_still_pulls_the_label_up():
     one, label = teacher()[:1], labels()[:1]
     assert nkd_target(one, one, label).item() == pytest.approx(0.253393, abs=1e-6)

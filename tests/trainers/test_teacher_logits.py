@@ -18,6 +18,9 @@ from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithFlattening,
     DataCollatorWithPadding,
+    ResNetConfig,
+    ResNetForImageClassification,
+    default_data_collator,
 )
 
 import tiny
@@ -626,6 +629,34 @@ def test_another_teacher_for_evaluation_or_no_teacher_at_all_is_refused(kept, st
             data_collator=right("sequence_classification"),
         )
         distil(tmp_path, data, "sequence_classification", model=model)
+
+
+def test_a_stream_of_a_stored_teacher_has_to_say_whose_it_is(kept, tmp_path):
+    data = kept("causal_lm")
+    stream = data.with_format(None).to_iterable_dataset()
+    with pytest.raises(ValueError, match="is lost: streams and files"):
+        distil(tmp_path, stream)
+    stream.info.description = data.info.description
+    losses = []
+    for one in (stream, data):
+        trainer = distil(tmp_path, one, train_sampling_strategy="sequential")
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1]
+
+
+def test_a_classifier_stored_for_another_tokenizer_is_refused(kept, tmp_path):
+    data = kept("sequence_classification")
+    distil(tmp_path, data, "sequence_classification")
+    with pytest.raises(ValueError, match="stored for another tokenizer"):
+        distil(tmp_path, data, "sequence_classification", rest={"processing_class": small_tokenizer()})
+
+
+def test_a_teacher_in_half_precision_reads_images_in_its_own_dtype(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=4, layer_type="basic")
+    teacher = ResNetForImageClassification(config).to(torch.bfloat16)
+    data = store(tmp_path, teacher, KINDS["image_classification"][1](3), data_collator=default_data_collator)
+    assert len(data) == 3
 
 
 def test_a_method_that_needs_all_logits_says_so(kept, tmp_path):

@@ -4,9 +4,17 @@ import math
 
 import pytest
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 import distilling
+import tiny
 from hf_logits.class_logits import label_mask
 from hf_logits.tasks import valid_rows
 from hf_logits.trainers.logit_distillation import LogitDistillationConfig, LogitDistillationTrainer
@@ -293,6 +301,17 @@ def test_a_convolutional_model_has_its_last_stage_but_one(tmp_path):
     assert logged(trainer, "distillation/weak")[0] > 0
 
 
+def test_an_encoder_decoder_that_classifies_has_its_decoders_states(tmp_path):
+    settings = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    settings |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": tiny.VOCAB, "num_labels": 4}
+    data = distilling.sorted_texts().map(lambda row: {"input_ids": [*row["input_ids"][:-1], 2]})
+    trainer = make(
+        tmp_path, model=BartForSequenceClassification(BartConfig(**settings, **tiny._IDS)), data=data, max_steps=1
+    )
+    trainer.train()
+    assert logged(trainer, "distillation/weak")[0] > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
@@ -312,3 +331,6 @@ def test_a_teacher_and_a_layer_that_is_not_there_are_refused(tmp_path):
         make(tmp_path, teacher=distilling.sequence_classification(1))
     with pytest.raises(ValueError, match="3 hidden states"):
         make(tmp_path, weak_layer=9).train()
+    with pytest.raises(ValueError, match="MobileNetV2Config does not say how wide"):
+        model = MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=4, depth_multiplier=0.2))
+        make(tmp_path, "image_classification", model=model)
