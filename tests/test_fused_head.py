@@ -78,6 +78,29 @@ def test_gradients_are_those_of_all_logits_at_once(chunk_size):
         assert (one - other).norm() <= 1e-6 * other.norm()
 
 
+def test_float32_is_near_double_precision():
+    """A vocabulary of SmolLM2's size."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"student": 48, "teacher": 64}
+    weights = {name: torch.randn(49_152, size, generator=generator) / size**0.5 for name, size in sizes.items()}
+    given = {name: 2 * torch.randn(40, size, generator=generator) for name, size in sizes.items()}
+    labels = torch.randint(49_152, (40,), generator=generator)
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        hidden, weight = (one["student"].to(dtype).requires_grad_() for one in (given, weights))
+        taught, teacher = (one["teacher"].to(dtype) for one in (given, weights))
+        if dtype == torch.float64:
+            value = loss(hidden @ weight.T, taught @ teacher.T, labels)[0]
+        else:
+            value, _ = fused_loss(
+                hidden, lambda rows, weight=weight: rows @ weight.T, labels, loss,
+                chunk_size=16, teacher_hidden=taught, teacher_head=lambda rows, teacher=teacher: rows @ teacher.T,
+            )  # fmt: skip
+        gradients.append(torch.autograd.grad(value, [hidden, weight]))
+    for exact, found in zip(*gradients, strict=True):
+        assert (found.double() - exact).norm() < 1e-6 * exact.norm()
+
+
 def test_gradients_are_those_of_finite_differences():
     """`gradcheck` differentiates a graph more than once, which this one does not allow."""
     hidden, head, labels, taught, teacher = problem()
