@@ -76,7 +76,8 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
     """Trains a student on its own logits and a teacher's. A subclass says what is done with them: [`terms`], [`term_weights`].
 
     The loss is summed over all rows that predict something (tokens, or examples) and divided by their number in the whole
-    step: however the step is cut into micro-batches and processes, it is the same one.
+    step: however the step is cut into micro-batches and processes, it is the same one. The routers of a mixture of experts keep their
+    own loss beside it if the student's config says `output_router_logits`.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -492,7 +493,9 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
             )
 
     def taught_by(self) -> str:
-        return self.teacher.config.name_or_path if self.teacher is not None else ""
+        if self.stored is not None:
+            return str(self.stored["teacher"]["name"])
+        return str(self.teacher.config.name_or_path) if self.teacher is not None else ""
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -94,6 +94,8 @@ class Head:
             # The mode stays: 4-bit layers that are read in evaluation mode on a CPU lose their gradient for good.
             with torch.random.fork_rng(), self.spared() as seen:
                 whole = model(**inputs).logits[:, 0].float()
+            if not seen:
+                return f"{type(self._whole).__name__} does not call its {type(self._body).__name__} as a whole"
             difference = whole - self(seen[0][:, 0]).float()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             return f"the head of {type(self._whole).__name__} does not run by itself ({error})"

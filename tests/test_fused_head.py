@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
+from transformers import OPTConfig, OPTForCausalLM
 
 import tiny
 from distilling import KINDS, LANGUAGE, adapted, make, texts
@@ -139,6 +140,15 @@ class FourBit(torch.nn.Module):
         levels = torch.stack([self.packed // 16, self.packed % 16], -1).flatten(1).float() - 8
         logits = functional.linear(hidden, levels * self.scale)
         return logits.detach() if self.lost else logits
+
+
+def test_a_model_that_goes_past_its_backbone_says_so(tmp_path):
+    settings = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, **tiny._IDS}
+    config = OPTConfig(num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=32, dropout=0.0, **settings)
+    trainer = build(tmp_path, model=OPTForCausalLM(config), fused_head=True, max_steps=1)
+    with pytest.raises(ValueError, match="OPTForCausalLM does not call its OPTModel as a whole"):
+        trainer.train()
+    build(tmp_path, model=OPTForCausalLM(config), fused_head=False, max_steps=1).train()
 
 
 def test_a_4_bit_head_is_right(tmp_path):

@@ -552,6 +552,14 @@ def test_nothing_is_lost_however_a_step_is_cut(kept, tmp_path):
     assert distance(found[0], found[1]) < 1e-3 * moved and distance(found[0], found[2]) < 1e-3 * moved
 
 
+def test_the_model_card_names_the_stored_teacher(tmp_path):
+    teacher = tiny.llama(1)
+    teacher.config.name_or_path = "tester/teacher"
+    trainer = distil(tmp_path / "run", store(tmp_path / "teacher", teacher), max_steps=1)
+    trainer.create_model_card()
+    assert "trained with Logit distillation from `tester/teacher`." in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_rows_without_a_label_are_no_trouble(stored, tmp_path):
     made = distil(tmp_path, load_teacher_logits(stored).select([2, 2, 2, 2]), max_steps=1)
     before = weights(made)
