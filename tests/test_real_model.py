@@ -243,3 +243,17 @@ def test_a_padded_batch_answers_as_its_prompts_alone(real):
     for row, chat in enumerate(chats):
         processor = LQCDLogitsProcessor(real.model, neutral[row], main="leading")
         assert torch.equal(together[row], real.answer(real.ids(chat[0]["content"]), processor, tokens=7))
+
+
+def test_the_shipped_sentiment_guide_steers(real):
+    folder = Path(__file__).parent.parent / "examples" / "recipes" / "gedi_sentiment"
+    ids = real.tokenizer("The food was", return_tensors="pt")["input_ids"]
+    found = {}
+    for wanted, codes in (("positive", (16185, 17728)), ("negative", (17728, 16185))):
+        guide = GeDiLogitsProcessor.from_pretrained(
+            folder, main_model=real.model, desired=codes[0], undesired=[codes[1]]
+        )
+        assert guide.guide.get_base_model().lm_head.weight.data_ptr() == real.model.lm_head.weight.data_ptr()
+        found[wanted] = real.text(ids, guide, tokens=6)
+    assert found == {"positive": " made with love and care,", "negative": " not the best, but it"}
+    assert not any("lora" in name for name, _ in real.model.named_parameters())
