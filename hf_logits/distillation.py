@@ -451,7 +451,10 @@ class DistillationTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Renamed
                     "has tokens that the other lacks. Set such labels to -100."
                 )
             found.append((wanted != -100).sum())
-        items = torch.stack(found).sum().to(device)
+        return self._over_processes(torch.stack(found).sum().to(device))
+
+    def _over_processes(self, items: Tensor) -> Tensor:
+        """The sum of all processes' items, as far as gradients are averaged by it."""
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             items = self.accelerator.gather(items).sum() / self.get_tp_size()
         return items

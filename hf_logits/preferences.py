@@ -26,6 +26,16 @@ def require_columns(dataset: Dataset | IterableDataset, name: str, columns: Iter
         )
 
 
+def check_datasets(given: dict[str, Any], check: Callable[[Any, str], Any]) -> None:
+    """Put what `check(dataset, name)` returns in the place of each dataset among a trainer's arguments."""
+    for name in ("train_dataset", "eval_dataset"):
+        one = given.get(name)
+        if isinstance(one, dict):
+            given[name] = {key: check(dataset, key) for key, dataset in one.items()}
+        elif one is not None:
+            given[name] = check(one, name)
+
+
 def refuse_rows(
     dataset: Dataset | IterableDataset, name: str, faults: dict[str, Callable[[Any], bool]]
 ) -> Dataset | IterableDataset:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -231,6 +232,21 @@ def collator(kind: str) -> Any:
 
         return DataCollatorForTokenClassification(words(kind))
     return None
+
+
+class LargestOf(TorchDispatchMode):
+    """How many rows of so many columns, the size of a vocabulary, the largest tensor that is made has room for."""
+
+    def __init__(self, columns: int):
+        super().__init__()
+        self.columns, self.rows = columns, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor) and self.columns in value.shape:
+                self.rows = max(self.rows, value.untyped_storage().nbytes() // (self.columns * value.element_size()))
+        return result
 
 
 def make(

@@ -7,7 +7,7 @@ from torch.nn import functional
 from transformers import OPTConfig, OPTForCausalLM
 
 import tiny
-from distilling import KINDS, LANGUAGE, adapted, make, texts
+from distilling import KINDS, LANGUAGE, LargestOf, adapted, make, texts
 from hf_logits.fused_head import Head, fused_log_probs, fused_loss, inside
 from hf_logits.trainers import LogitDistillationConfig, LogitDistillationTrainer
 from hf_logits.trainers.logit_distillation import kd_rows
@@ -248,28 +248,15 @@ def test_log_probs_of_half_precision_are_in_float32():
 
 
 def test_no_tensor_of_all_rows_times_the_vocabulary_is_made(tmp_path):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for value in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(value, torch.Tensor) and value.dim() and value.size(-1) == 1024 and value.numel():
-                    largest = max(largest, value.untyped_storage().nbytes() // 4096)
-            return result
-
     models = {"model": tiny.llama(0, vocab_size=1024), "teacher": tiny.llama(1, vocab_size=1024)}
     trainer = build(tmp_path, **models, data=texts(16), chunk_size=4, max_steps=1)
     batch = trainer.data_collator(list(trainer.train_dataset))
     rows = int((batch["labels"][:, 1:] != -100).sum())
     trainer.compute_loss(trainer.model, batch)  # the first call tries the heads out
-    with Watch():
+    with LargestOf(1024) as largest:
         trainer.compute_loss(trainer.model.train(), batch).backward()
     # the weight itself has 32 columns, and of each of the 16 sequences one position is seen
-    assert 16 <= largest <= 32 < rows
+    assert 16 <= largest.rows <= 32 < rows
 
 
 def test_a_call_in_the_place_of_a_forward():

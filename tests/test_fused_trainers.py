@@ -12,12 +12,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import distilling
 import hf_logits.trainers
 import tiny
-from distilling import KINDS
+from distilling import KINDS, LargestOf
 from hf_logits.fused_head import fused_loss
 from hf_logits.trainers import binary_kl_norm_loss
 from launching import LAUNCH, leave, run
@@ -187,19 +186,6 @@ def test_an_auxiliary_loss_that_has_stopped_leaves_zeros_for_its_head(method, tm
         assert trainer.model.lm_head.weight.grad.any()
 
 
-class Largest(TorchDispatchMode):
-    """How many rows of the vocabulary the largest tensor has."""
-
-    rows = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, torch.Tensor) and 1024 in value.shape:
-                self.rows = max(self.rows, value.untyped_storage().nbytes() // (1024 * value.element_size()))
-        return result
-
-
 @methods
 def test_no_tensor_of_all_rows_times_the_vocabulary_is_made(method, tmp_path):
     settings = {"model": tiny.llama(0, vocab_size=1024), "chunk_size": 4, "max_steps": 1}
@@ -211,12 +197,12 @@ def test_no_tensor_of_all_rows_times_the_vocabulary_is_made(method, tmp_path):
     batch = trainer.data_collator(list(rows_of("causal_lm", 32)))
     rows = int((batch["labels"][:, 1:] != -100).sum())
     trainer.compute_loss(trainer.model, dict(batch))  # the first call tries the heads out
-    with Largest() as fused:
+    with LargestOf(1024) as fused:
         trainer.compute_loss(trainer.model.train(), dict(batch)).backward()
     # the weights have 32 columns, and of each of the 32 sequences one position is seen
     assert 32 <= fused.rows <= 33 and rows > 100
     trainer._fused = False
-    with Largest() as dense:
+    with LargestOf(1024) as dense:
         trainer.compute_loss(trainer.model, dict(batch)).backward()
     assert dense.rows >= rows
 

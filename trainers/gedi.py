@@ -19,7 +19,7 @@ from hf_logits.distillation import DistillationConfig
 from hf_logits.extra_head import ExtraHeadMixin
 from hf_logits.fused_head import fused_log_probs, inside
 from hf_logits.guides import guide_record, guide_settings, read_guide, write_guide
-from hf_logits.preferences import refuse_rows, require_columns
+from hf_logits.preferences import check_datasets, refuse_rows, require_columns
 from hf_logits.tasks import bare, targets, valid_rows
 
 
@@ -271,11 +271,7 @@ class GeDiTrainer(ExtraHeadMixin):
         self.codes = collator.codes
         if rest.get("data_collator") is None:
             rest["data_collator"] = collator
-        for name in ("train_dataset", "eval_dataset"):
-            if rest.get(name) is not None:
-                many = rest[name] if isinstance(rest[name], dict) else {name: rest[name]}
-                checked = {key: check_rows(one, key, args.codes) for key, one in many.items()}
-                rest[name] = checked if isinstance(rest[name], dict) else checked[name]
+        check_datasets(rest, lambda dataset, name: check_rows(dataset, name, args.codes))
         super().__init__(model, None, args, **rest)
         whole: Any = bare(model)
         size = whole.config.get_text_config().vocab_size
@@ -359,10 +355,7 @@ class GeDiTrainer(ExtraHeadMixin):
         """Texts, over all micro-batches of a step and all processes."""
         if not batch_samples:
             return None
-        items = torch.tensor(sum(len(batch["classes"]) for batch in batch_samples), device=device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            items = self.accelerator.gather(items).sum() / self.get_tp_size()
-        return items
+        return self._over_processes(torch.tensor(sum(len(batch["classes"]) for batch in batch_samples), device=device))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None

@@ -16,7 +16,7 @@ from hf_logits.checks import check_choice, check_count, check_number
 from hf_logits.class_logits import widen
 from hf_logits.meters import MeteredMixin
 from hf_logits.method_card import MethodCardMixin
-from hf_logits.preferences import refuse_rows, require_columns
+from hf_logits.preferences import check_datasets, refuse_rows, require_columns
 from hf_logits.resumable import RenamedWeightsMixin, ResumableMixin
 from hf_logits.tasks import bare
 from hf_logits.teachers import fingerprint, freeze, place, teaching
@@ -256,11 +256,7 @@ class MultiLevelRankingTrainer(MeteredMixin, MethodCardMixin, ResumableMixin, Re
                     "Give the tokenizer, with a padding token, as processing_class: responses are padded together."
                 )
             rest["data_collator"] = MultiLevelRankingCollator(tokenizer, args.max_length)
-        for name in ("train_dataset", "eval_dataset"):
-            if rest.get(name) is not None:
-                many = rest[name] if isinstance(rest[name], dict) else {name: rest[name]}
-                checked = {key: check_rows(one, key, args.stage) for key, one in many.items()}
-                rest[name] = checked if isinstance(rest[name], dict) else checked[name]
+        check_datasets(rest, lambda dataset, name: check_rows(dataset, name, args.stage))
         distils = args.stage == "rating" and args.distillation_weight > 0
         if distils and config.is_encoder_decoder:
             raise ValueError("Self-distillation needs a model of one stack: set distillation_weight=0.")

@@ -16,10 +16,10 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import tiny
+from distilling import LargestOf
 from hf_logits.control_codes import ControlCodeCollator
 from hf_logits.guides import guide_settings
 from hf_logits.processors import GeDiLogitsProcessor
@@ -388,25 +388,14 @@ def test_one_forward_reads_all_codes_and_gives_both_losses(tmp_path):
 
 
 def test_no_tensor_of_all_tokens_times_the_vocabulary_is_made(tmp_path):
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for value in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(value, torch.Tensor) and value.dim() and value.size(-1) == 1024 and value.numel():
-                    largest = max(largest, value.untyped_storage().nbytes() // 4096)
-            return result
-
     model = tiny.llama(0, vocab_size=1024)
     trainer = make(tmp_path, model=model, data=rated(16), chunk_size=4, per_device_train_batch_size=16)
     (batch,) = list(trainer.get_train_dataloader())
     trainer.compute_loss(trainer.model.train(), dict(batch))
-    with Watch():
+    with LargestOf(1024) as largest:
         trainer.compute_loss(trainer.model, dict(batch)).backward()
     # the weight itself has 32 columns, and of each of the 32 rows one position is seen
-    assert largest == 32 < (batch["labels"] != -100).sum() / 4
+    assert largest.rows == 32 < (batch["labels"] != -100).sum() / 4
 
 
 def test_lambda_of_one_is_the_host_on_codes_and_texts(tmp_path):

@@ -83,6 +83,11 @@ def main(arguments: list[str] | None = None) -> None:
         )
         trainer.train()
     tuned = trainer.model.eval()
+    # saved before it is measured: what has been learned is not to be lost
+    halve(tuned)
+    options.output.mkdir(parents=True, exist_ok=True)
+    tuned.save_pretrained(options.output / "adapter", save_embedding_layers=False)
+    tuned.float()
     calibration = calibrate_refusal(
         tuned,
         tokenizer,
@@ -92,9 +97,6 @@ def main(arguments: list[str] | None = None) -> None:
         batch_size=16,
     )
     print({name: round(roc.auc, 4) for name, roc in calibration.roc.items()}, calibration.refusal_rates)
-    halve(tuned)
-    options.output.mkdir(parents=True, exist_ok=True)
-    tuned.save_pretrained(options.output / "adapter", save_embedding_layers=False)
     RefusalTokenLogitsProcessor(
         refuse=TOKENS.categories, respond=TOKENS.respond, tokenizer=tokenizer, **calibration.settings
     ).save_pretrained(options.output)
