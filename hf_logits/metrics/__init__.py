@@ -1,0 +1,45 @@
+"""Measurements of what steering and alignment do, as `evaluate` modules; one a file, its arithmetic in numpy first.
+
+The names below are imported when they are first asked for, so `import hf_logits.metrics` loads neither torch nor evaluate.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from hf_logits.metrics.calibration_error import CalibrationError
+
+__all__ = [
+    "CalibrationError",
+    "script",
+]
+
+_HOMES = {
+    "CalibrationError": "hf_logits.metrics.calibration_error",
+}
+
+
+def script(name: str) -> str:
+    """The path that `evaluate.load` takes for a metric, as in `evaluate.load(script("calibration_error"))`.
+
+    Args:
+        name (`str`): the metric's name in small letters.
+    """
+    folder = Path(__file__).with_name("scripts")
+    path = folder / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.py")))
+        raise ValueError(f"There is no metric named {name!r}; there are {known}.")
+    return str(path)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,70 @@
+"""What every metric does, whoever loads it. A new metric adds a row."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import evaluate
+import pytest
+
+from hf_logits import metrics
+
+
+METRICS: dict[str, dict[str, Any]] = {
+    "CalibrationError": {"predictions": [0.9, 0.6, 0.8], "references": [1, 0, 1]},
+}
+"""Inputs of each, with the options that it needs."""
+
+
+def snake(name: str) -> str:
+    return "".join("_" * (i > 0 and letter.isupper()) + letter.lower() for i, letter in enumerate(name))
+
+
+def test_each_metric_has_a_row() -> None:
+    modules = {name for name in metrics.__all__ if name[0].isupper()}
+    assert set(METRICS) == modules
+
+
+def test_importing_the_package_loads_neither_torch_nor_evaluate() -> None:
+    code = "import sys, hf_logits.metrics; sys.exit(bool({'torch', 'evaluate', 'datasets'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_loaded_by_path_and_made_directly_agree(name: str) -> None:
+    made = getattr(metrics, name)(keep_in_memory=True)
+    loaded = evaluate.load(metrics.script(snake(name)), keep_in_memory=True)
+    assert type(loaded) is type(made)
+    first, second = (one.compute(**METRICS[name]) for one in (made, loaded))
+    assert repr(first) == repr(second)
+    assert isinstance(first["notes"], dict)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_batches_add_up(name: str) -> None:
+    made = getattr(metrics, name)(keep_in_memory=True)
+    features = set(made.features)
+    rows = {key: value for key, value in METRICS[name].items() if key in features}
+    options = {key: value for key, value in METRICS[name].items() if key not in features}
+    whole = getattr(metrics, name)(keep_in_memory=True).compute(**rows, **options)
+    half = len(next(iter(rows.values()))) // 2
+    for part in (slice(None, half), slice(half, None)):
+        made.add_batch(**{key: value[part] for key, value in rows.items()})
+    assert repr(made.compute(**options)) == repr(whole)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_options_of_others_are_left_out_and_said(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    made = getattr(metrics, name)(keep_in_memory=True)
+    with caplog.at_level("WARNING"):
+        made.compute(**METRICS[name], option_of_another=1)
+    assert "option_of_another" in caplog.text
+
+
+def test_an_unknown_configuration_or_script_is_refused() -> None:
+    with pytest.raises(ValueError, match="no configuration 'other'"):
+        metrics.CalibrationError("other")
+    with pytest.raises(ValueError, match="calibration_error"):
+        metrics.script("other")
