@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
+from smollm2 import load  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
@@ -27,7 +28,14 @@ def parser(description: str | None, folder: Path) -> argparse.ArgumentParser:
     made.add_argument("--model", type=Path, help="a Hub id or a folder, in place of SmolLM2-135M-Instruct")
     made.add_argument("--output", type=Path, default=folder, help="the recipe's folder")
     made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return made
+
+
+def models(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that was asked for, where it was asked for, and its tokenizer."""
+    model, tokenizer = load(options.model)
+    return model.to(options.device), tokenizer
 
 
 def halve(model: PeftModel) -> None:
@@ -52,6 +60,7 @@ def continue_prompts(
     found = []
     for start in range(0, len(prompts), batch_size):
         batch = tokenizer(list(prompts[start : start + batch_size]), return_tensors="pt", padding=True)
+        batch = batch.to(model.device)
         output = model.generate(
             **batch,
             max_new_tokens=tokens,
@@ -76,8 +85,9 @@ def log_likelihoods(
     found = []
     for prompt, continuation in zip(prompts, continuations, strict=True):
         begin = tokenizer(prompt)["input_ids"]
-        logits = model(input_ids=torch.tensor([begin + continuation])).logits[0, len(begin) - 1 : -1].float()
-        found.append(-cross_entropy(logits, torch.tensor(continuation, dtype=torch.long), reduction="sum").item())
+        ids = torch.tensor([begin + continuation], device=model.device)
+        logits = model(input_ids=ids).logits[0, len(begin) - 1 : -1].float()
+        found.append(-cross_entropy(logits, ids[0, len(begin) :], reduction="sum").item())
     return found
 
 

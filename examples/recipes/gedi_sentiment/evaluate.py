@@ -14,10 +14,9 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from common import continue_prompts, distinct, interval, mean, parser, perplexity, table
+from common import continue_prompts, distinct, interval, mean, models, parser, perplexity, table
 from matplotlib import pyplot as plt
 from sentiment import judged_by_classifier, judged_by_lexicon, sentences
-from smollm2 import load
 
 from hf_logits.processors import GeDiLogitsProcessor
 
@@ -36,7 +35,9 @@ def accuracy(processor: GeDiLogitsProcessor, model, tokenizer, part: str, limit:
             ids = tokenizer(text)["input_ids"]
             means = []
             for code in processor.codes:
-                logits = processor.guide(input_ids=torch.tensor([[code, *ids]])).logits[0, :-1].float()
+                logits = (
+                    processor.guide(input_ids=torch.tensor([[code, *ids]], device=model.device)).logits[0, :-1].float()
+                )
                 means.append(logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].mean().item())
             best = "positive" if means[0] > means[1] else "negative"
             found.append(best == label)
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--strengths", type=float, nargs="+", default=[0.0, 1.0, 5.0, 30.0])
     options = made.parse_args(arguments)
 
-    model, tokenizer = load(options.model)
+    model, tokenizer = models(options)
     plain_guide = GeDiLogitsProcessor.from_pretrained(options.output, main_model=model)
     positive, negative = plain_guide.codes
     opened = [" ".join(text.split()[:4]) for text, _ in sentences(options.part) if len(text.split()) >= 8]

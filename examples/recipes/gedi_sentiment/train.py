@@ -13,12 +13,10 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-import torch
-from common import halve, parser
+from common import halve, models, parser
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from sentiment import sentences
-from smollm2 import load
 from transformers import set_seed
 
 from hf_logits.processors import GeDiLogitsProcessor
@@ -47,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     held_out = [{"text": text, "label": label} for text, label in sentences("validation")]
     held_out = random.Random(0).sample(held_out, min(256, len(held_out), options.rows))
 
-    model, tokenizer = load(options.model)
+    model, tokenizer = models(options)
     for row in rows + held_out:
         row["length"] = len(tokenizer(row["text"])["input_ids"])  # texts of a batch are alike in length
     adapter = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear")
@@ -67,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
             warmup_steps=0.05,
             seed=options.seed,
             train_sampling_strategy="group_by_length",
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=options.device == "cpu",
             bf16=options.bf16,
             logging_steps=10.0,
             save_strategy="no",

@@ -13,11 +13,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
-from common import parser, table
+from common import models, parser, table
 from harmful_requests import GROUPS, LIKE, TOKENS, requests
 from matplotlib import pyplot as plt
 from peft import PeftModel
-from smollm2 import load
 
 from hf_logits.processors import RefusalTokenLogitsProcessor
 from hf_logits.roc import auc_interval, roc_curve
@@ -37,7 +36,7 @@ def decisions(
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
         batch = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        )
+        ).to(model.device)
         output = model.generate(
             **batch,
             max_new_tokens=1,
@@ -62,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--rows", type=int, help="requests of each part; all if left out")
     options = made.parse_args(arguments)
 
-    model, tokenizer = load(options.model)
+    model, tokenizer = models(options)
     add_refusal_tokens(tokenizer, model, TOKENS, like=LIKE)
     model = PeftModel.from_pretrained(model, str(options.output / "adapter")).eval()
     processor = RefusalTokenLogitsProcessor.from_pretrained(options.output, tokenizer=tokenizer)

@@ -13,11 +13,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-import torch
-from common import halve, parser
+from common import halve, models, parser
 from datasets import Dataset
 from harmful_requests import LIKE, TOKENS, requests
-from smollm2 import load
 from transformers import set_seed
 
 from hf_logits.processors import RefusalTokenLogitsProcessor
@@ -50,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = made.parse_args(arguments)
     set_seed(options.seed)
 
-    model, tokenizer = load(options.model)
+    model, tokenizer = models(options)
     add_refusal_tokens(tokenizer, model, TOKENS, like=LIKE)
     adapter = refusal_lora_config(
         model, tokenizer, TOKENS, r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear"
@@ -67,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
             seed=options.seed,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=options.device == "cpu",
             bf16=False,
             gradient_checkpointing=False,
             logging_steps=10.0,
