@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, pipeline, set_seed
 from transformers.utils import logging
 
+from hf_logits.fewer_layers import keep_layers
 from hf_logits.processors import (
     DynamicFusionLogitsProcessor,
     EntropyAdaptiveLogitsProcessor,
@@ -314,14 +315,9 @@ def entropy_adaptive(stage: Stage) -> None:
 
 def without_layers(model: PreTrainedModel, places: Sequence[float]) -> PreTrainedModel:
     """A smaller, worse model of the same family: without the layers at these places (0: the first, 1: behind the last)."""
-    small = copy.deepcopy(model)
-    layers = small.get_decoder().layers
-    dropped = {round(len(layers) * place) for place in places}
-    small.get_decoder().layers = torch.nn.ModuleList(layer for i, layer in enumerate(layers) if i not in dropped)
-    for i, layer in enumerate(small.get_decoder().layers):
-        layer.self_attn.layer_idx = i
-    small.config.num_hidden_layers -= len(dropped)
-    return small
+    deep = model.config.num_hidden_layers
+    dropped = {round(deep * place) for place in places}
+    return keep_layers(model, [layer for layer in range(deep) if layer not in dropped])
 
 
 def fusion(stage: Stage) -> None:

@@ -32,6 +32,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging
 
+from hf_logits.fewer_layers import keep_layers
 from hf_logits.prompts import last_token
 from hf_logits.recipe_format import (
     ADAPTERS,
@@ -100,7 +101,7 @@ def save_recipe(
     """Write processors as one recipe, in their order.
 
     Auxiliary models that came from the Hub are stored as repository and commit, adapters and models without such an origin
-    with their weights beside the recipe. That includes models that were trained since they came: their weights are compared
+    with their weights beside the recipe; of a part of the main model's layers ([`~hf_logits.fewer_layers.keep_layers`]) the list is enough. That includes models that were trained since they came: their weights are compared
     with those in the Hub's cache. The recipe itself is written last: a run that dies leaves the old one, which its checksums
     may refuse.
 
@@ -203,6 +204,9 @@ class _Encoder:
             return self._adapters(model, name)
         if origin is not None:
             return {"kind": "hub", **origin}
+        whole: Any = self.main_model.get_base_model() if isinstance(self.main_model, PeftModel) else self.main_model
+        if whole is not None and _is_part(model, whole):
+            return {"kind": "layers", "of": self.model(self.main_model), "layers": list(model.config.kept_layers)}
         model.save_pretrained(self.folder / name, state_dict=_without_adapters(model))
         return {"kind": "folder", "task": _task(model), "folder": name}
 
@@ -270,6 +274,15 @@ def _holds(snapshot: Path, model: PreTrainedModel) -> bool:
                 stored.add(name)
     places = {weights[name].data_ptr() for name in stored}
     return bool(stored) and all(weight.data_ptr() in places for weight in weights.values())
+
+
+def _is_part(model: PreTrainedModel, whole: PreTrainedModel) -> bool:
+    """Whether a model is what `keep_layers` makes of another, with the same weights still."""
+    kept = getattr(model.config, "kept_layers", None)
+    if not kept or getattr(whole.config, "kept_layers", None) is not None or type(model) is not type(whole):
+        return False
+    ours, theirs = _without_adapters(model), _without_adapters(keep_layers(whole, kept))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name].to(ours[name])) for name in ours)
 
 
 def _task(model: PreTrainedModel) -> str:

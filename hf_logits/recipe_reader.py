@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from hf_logits.fewer_layers import keep_layers
 from hf_logits.prompts import last_token
 from hf_logits.recipe_format import (
     ADAPTERS,
@@ -276,7 +277,22 @@ class RecipeReader:
         if kind == "adapters":
             self._keys(where, reference, {"kind", "base", "folder", "adapters", "active"})
             return self._adapters(where, reference)
-        raise self.fault(f"{where}.kind", f"is {kind!r:.60}: it must be 'main', 'hub', 'folder' or 'adapters'.")
+        if kind == "layers":
+            self._keys(where, reference, {"kind", "of", "layers"})
+            return self._layers(where, reference)
+        raise self.fault(
+            f"{where}.kind", f"is {kind!r:.60}: it must be 'main', 'hub', 'folder', 'adapters' or 'layers'."
+        )
+
+    def _layers(self, where: str, reference: Mapping[str, Any]) -> Any:
+        layers = reference["layers"]
+        if not isinstance(layers, list) or not all(type(index) is int for index in layers):
+            raise self.fault(f"{where}.layers", f"is {layers!r:.60}: it must list numbers of layers.")
+        whole = self._model(f"{where}.of", reference["of"])
+        try:
+            return keep_layers(detached(whole), layers)
+        except (TypeError, ValueError) as error:
+            raise self.fault(f"{where}.layers", f"do not fit: {error}") from error
 
     def _from_hub(self, where: str, reference: Mapping[str, Any]) -> Any:
         repo_id, revision = reference["repo_id"], reference["revision"]

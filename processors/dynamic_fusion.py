@@ -143,6 +143,8 @@ class DynamicFusionLogitsProcessor(AuxiliaryLogitsProcessor):
         small_model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): the experts' base before fine-tuning.
         experts (model, `str`, or a list of them): fine-tuned small models, or names of adapters of `small_model`; adapters and
             base are then read in one forward.
+        small_adapter (`str`, *optional*):
+            The adapter of `small_model` that named experts were trained from, where it is not the bare base.
         solver (`str`, *optional*, defaults to `"grid"`): `"grid"` (the paper's) or `"exact"`.
         combine (`str`, *optional*, defaults to `"single"`): of several experts, use the best one alone at each step (`"single"`,
             the paper's) or all together (`"joint"`, up to three; the cost grows as the grid to that power).
@@ -160,6 +162,7 @@ class DynamicFusionLogitsProcessor(AuxiliaryLogitsProcessor):
         small_model: Model,
         experts: Model | str | Sequence[Model | str],
         *,
+        small_adapter: str | None = None,
         solver: Literal["grid", "exact"] = "grid",
         combine: Literal["single", "joint"] = "single",
         weight: float | Tensor | None = None,
@@ -184,8 +187,10 @@ class DynamicFusionLogitsProcessor(AuxiliaryLogitsProcessor):
         self.weight = None if weight is None else check_per_row("weight", weight, minimum=0.0)
         self.max_weight, self.step = max_weight, step
         self._grid = [i * step for i in range(round(max_weight / step) + 1) if i * step <= max_weight + 1e-9]
+        self.small_adapter = small_adapter
         named = any(isinstance(expert, str) for expert in listed)
-        terms: list[tuple[Model, Context]] = [(small_model, Context(adapter=BASE if named else None))]
+        before = small_adapter if small_adapter is not None else BASE if named else None
+        terms: list[tuple[Model, Context]] = [(small_model, Context(adapter=before))]
         for expert in listed:
             terms.append((small_model, Context(adapter=expert)) if isinstance(expert, str) else (expert, Context()))
         plain = not isinstance(self.weight, Tensor) and self.weight == 0

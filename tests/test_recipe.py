@@ -20,14 +20,16 @@ from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_logits
 import tiny
 from hf_logits import RecipeError, load_recipe, push_recipe, save_recipe
+from hf_logits.fewer_layers import keep_layers
 from hf_logits.processors import (
     DynamicFusionLogitsProcessor,
     EntropyAdaptiveLogitsProcessor,
@@ -199,6 +201,60 @@ def test_an_adapter_of_the_main_model_shares_its_weights_and_leaves_it_alone(wra
     assert generate(main, []) == before
     apart = MixtureLogitsProcessor([MixtureTerm(by_hand, -3.0)])
     assert generate(main, [loaded]) == generate(main, [apart]) != before
+
+
+def fused_with_its_own_layers(main: PreTrainedModel) -> DynamicFusionLogitsProcessor:
+    small = get_peft_model(keep_layers(main, [0, 2]), LoraConfig(target_modules=["q_proj", "v_proj"]), "healed")
+    small.add_adapter("expert", LoraConfig(target_modules=["q_proj", "v_proj"]))
+    for number, (name, weight) in enumerate(small.named_parameters()):
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(number))
+    return DynamicFusionLogitsProcessor(small.eval(), "expert", small_adapter="healed")
+
+
+def test_some_layers_of_the_main_model_are_stored_as_a_list(tmp_path):
+    main = tiny.llama(num_hidden_layers=4)
+    main.save_pretrained(tmp_path / "main")
+    processor = fused_with_its_own_layers(main)
+    processor.save_pretrained(tmp_path / "recipe", main_model=main)
+    stored = json.loads((tmp_path / "recipe" / RECIPE_FILE).read_text())["models"]
+    assert {"kind": "layers", "of": 2, "layers": [0, 2]} in stored and {"kind": "main"} in stored
+    assert not list((tmp_path / "recipe").rglob("model.safetensors"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "main").eval()
+    loaded = DynamicFusionLogitsProcessor.from_pretrained(tmp_path / "recipe", main_model=again)
+    ids = tiny.prompts()[0]
+    options = {"max_new_tokens": 6, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    first, second = (
+        model.generate(ids, logits_processor=[one], **options) for model, one in ((main, processor), (again, loaded))
+    )
+    assert torch.equal(first.sequences, second.sequences)
+    assert torch.equal(torch.stack(first.scores), torch.stack(second.scores))
+    assert again.model.layers[2].mlp.up_proj.weight.data_ptr() == (
+        loaded.small_model.get_base_model().model.layers[1].mlp.up_proj.weight.data_ptr()
+    )
+    assert again.config.num_hidden_layers == 4 and not hasattr(again.model.layers[0].self_attn.q_proj, "lora_A")
+    # the same again, without PEFT's default base: reads that each adapter gives alone
+    healed, expert = (single(loaded.small_model, name) for name in ("healed", "expert"))
+    apart = DynamicFusionLogitsProcessor(healed, expert)
+    third = again.generate(ids, logits_processor=[apart], **options)
+    torch.testing.assert_close(torch.stack(second.scores), torch.stack(third.scores), atol=1e-5, rtol=0)
+
+
+def single(model: PeftModel, name: str) -> PreTrainedModel:
+    """One adapter of several, merged."""
+    twin = copy.deepcopy(model)
+    twin.set_adapter(name)
+    return twin.merge_and_unload(adapter_names=[name]).eval()
+
+
+def test_layers_that_were_trained_since_are_stored_themselves(tmp_path):
+    main = tiny.llama(num_hidden_layers=3)
+    part = keep_layers(main, [0, 1], share=False)
+    with torch.no_grad():
+        part.model.layers[0].mlp.up_proj.weight.add_(1.0)
+    DynamicFusionLogitsProcessor(part, keep_layers(main, [0])).save_pretrained(tmp_path, main_model=main)
+    kinds = [model["kind"] for model in json.loads((tmp_path / RECIPE_FILE).read_text())["models"]]
+    assert sorted(kinds) == ["folder", "layers", "main"]
 
 
 def test_a_model_that_two_processors_read_is_saved_and_loaded_once(tmp_path):
@@ -681,6 +737,18 @@ BAD: dict[str, tuple[tuple, Any, str]] = {
     "model_negative": ((*TERMS, 0, "$term", "model"), {"$model": -1}, "names the model -1"),
     "model_text": ((*TERMS, 0, "$term", "model"), "a/b", "do not make a MixtureLogitsProcessor"),
     "kind_unknown": (("models", 0), {"kind": "pickle"}, r"models\[0\].kind is 'pickle'"),
+    "layers_no_list": (("models", 0), {"kind": "layers", "of": 1, "layers": "all"}, r"models\[0\].layers is 'all'"),
+    "layers_of_itself": (
+        ("models", 0),
+        {"kind": "layers", "of": 0, "layers": [0]},
+        "names the model 0, which is its own base",
+    ),
+    "layers_not_there": (
+        ("models", 0),
+        {"kind": "layers", "of": 1, "layers": [0, 9]},
+        r"models\[0\].layers do not fit: .*0 to 1",
+    ),
+    "layers_many": (("models", 0), {"kind": "layers", "of": 1, "layers": [0, 0]}, "each once"),
     "revision_missing": (
         ("models", 0),
         {k: v for k, v in HUB_MODEL.items() if k != "revision"},

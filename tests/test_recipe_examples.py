@@ -167,3 +167,49 @@ def test_the_refusal_tokens(examples, wheels, small, tmp_path):
     counts = [[int(cell) for cell in line[1:]] for line in moved]
     assert all(len({row[place] for row in counts}) == 1 for place in (0, 1, 2, 4))
     assert counts[0][3] >= counts[1][3] >= counts[2][3] == 0
+
+
+# --- a small model, and what it is for ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning")
+def test_a_healed_model_writes_with_the_large_one_and_teaches_it(examples, wheels, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(examples("rated_sentences"), "rated_sentences", moody)
+    output, fused = tmp_path / "pair", tmp_path / "fused"
+    shared = ["--model", small, "--output", str(output), "--device", "cpu"]
+    settings = ["--layers", "1", "--conversations", "12", "--tokens", "4", "--batch", "4", "--rank", "2"]
+    examples("entropy_adaptive/train").main([*shared, *settings, "--epochs", "1"])
+    assert json.loads((output / "healed" / "layers.json").read_text()) == {"kept_layers": [0]}
+    assert json.loads((output / "logits_processor.json").read_text())["models"] == [{"kind": "main"}]
+
+    measured = ["--prompts", "4", "--tokens", "4", "--seeds", "2", "--thresholds", "0", "9"]
+    examples("entropy_adaptive/evaluate").main([*shared, *measured])
+    lines = [line for line in (output / "results.md").read_text().splitlines() if line.startswith("| ")][1:]
+    shares = {line.split("|")[1].strip(): int(line.split("|")[2]) for line in lines}
+    assert shares["small model alone"] == 0 and shares["large model alone"] == 100
+    assert shares["entropy above 9 bits"] == 0 and shares["entropy above 0 bits"] > 90
+    assert (output / "tradeoff.png").is_file()
+    examples("entropy_adaptive/evaluate").main([*shared, *measured, "--time"])
+    assert "| large model alone |  | 1.00" in (output / "time.md").read_text()
+
+    monkeypatch.syspath_prepend(str(FOLDER / "fusion_kinds"))
+    shared = ["--model", small, "--output", str(fused), "--device", "cpu"]
+    settings = ["--rows", "32", "--epochs", "1", "--batch", "8", "--rank", "2", "--small", str(output / "healed")]
+    examples("fusion_kinds/train").main([*shared, *settings])
+    kinds = [model["kind"] for model in json.loads((fused / "logits_processor.json").read_text())["models"]]
+    assert sorted(kinds) == ["adapters", "layers", "main"] and (fused / "direct" / "adapter_config.json").is_file()
+    examples("fusion_kinds/evaluate").main([*shared, "--rows", "32", "--tokens", "3"])
+    text = (fused / "results.md").read_text()
+    assert "nan" not in text and (fused / "accuracy.png").is_file()
+    assert len([line for line in text.splitlines() if line.startswith("| ")]) == 8
+
+
+def test_marks_for_a_kind_and_a_sentiment(examples, monkeypatch):
+    monkeypatch.setattr(examples("rated_sentences"), "rated_sentences", moody)
+    task = examples("fusion_kinds/task")
+    row = {"question": "", "kind": "film review", "sentiment": "positive"}
+    assert task.marks(row, task.answer(row)) == (1, 1, 1)
+    assert task.marks(row, "A Film review. It is negative") == (0, 1, 0)
+    assert task.marks(row, "positive, and a tweet or a film review") == (0, 0, 1)
+    assert task.marks(row, "positive or negative film review") == (0, 1, 0)

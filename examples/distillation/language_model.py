@@ -7,7 +7,6 @@ editorials and reviews. The stored teacher is run once, before; the students tha
 two cores.
 """  # the README beside this file has the table
 
-import copy
 import random
 import shutil
 from pathlib import Path
@@ -18,10 +17,10 @@ from common import Method, compare, fit, parser, publish, read_methods, report
 from datasets import Dataset
 from rated_sentences import rated_sentences
 from smollm2 import smollm2_folder
-from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel
 
+from hf_logits.fewer_layers import keep_layers
 from hf_logits.trainers import store_teacher_logits
 
 
@@ -43,17 +42,6 @@ def texts(tokenizer: Any, rows: dict[str, int], longest: int) -> dict[str, Datas
         columns = {name: read[name] for name in ("input_ids", "attention_mask")}
         found[part] = Dataset.from_dict({**columns, "labels": read["input_ids"]})
     return found
-
-
-def prune(teacher: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
-    """A copy with these layers only."""
-    student: Any = copy.deepcopy(teacher)
-    layers = student.model.layers
-    student.model.layers = nn.ModuleList(layers[index] for index in kept)
-    for index, layer in enumerate(student.model.layers):
-        layer.self_attn.layer_idx = index  # the place in the cache
-    student.config.num_hidden_layers = len(kept)
-    return student
 
 
 @torch.no_grad()
@@ -100,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         return {"perplexity": torch.tensor(loss).exp().item(), "agreement": 100 * same}
 
     def train(method: Method, setting: dict, seed: int) -> PreTrainedModel:
-        student = prune(teacher, kept)
+        student = keep_layers(teacher, kept, share=False)
         student.requires_grad_(True)
         student.get_input_embeddings().requires_grad_(False)
         return fit(
@@ -117,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
             data_collator=collate,
         )
 
-    start, own = measure(prune(teacher, kept), "test"), torch.tensor(taught["test"][1]).exp().item()
+    start, own = measure(keep_layers(teacher, kept, share=False), "test"), torch.tensor(taught["test"][1]).exp().item()
     print(f"teacher: perplexity {own:.1f}; layers {kept} of it, untrained: {start['perplexity']:.1f}", flush=True)
     results = compare(read_methods(options.methods), train, measure, seeds=options.seeds, key="perplexity", lower=True)
     columns = {"perplexity": "perplexity", "agreement": "agrees with the teacher, %", "seconds": "seconds a run"}

@@ -17,19 +17,24 @@ PARTS = {"train": range(5), "validation": range(5, 6), "judge": range(6, 9), "te
 
 
 @cache
-def sentences(part: str, *, clear: float = 1.0) -> tuple[tuple[str, str], ...]:
-    """Sentences and `"positive"` or `"negative"`, for ratings of `clear` or more in size; the same ones at each call.
+def sentences_of_kinds(part: str, *, clear: float = 1.0) -> tuple[tuple[str, str, str], ...]:
+    """Sentences, `"positive"` or `"negative"`, and their kinds, for ratings of `clear` or more in size; the same ones at each call.
 
     A sentence's part is decided by its words alone, so that none is in two of them however often it occurs.
     """
     found = {}
-    for kind in rated_sentences(KINDS).values():
-        for text, rating in kind:
+    for kind, rows in rated_sentences(KINDS).items():
+        for text, rating in rows:
             words = " ".join(text.casefold().split())
             tenth = hashlib.sha256(words.encode()).digest()[0] % 10
             if abs(rating) >= clear and tenth in PARTS[part]:
-                found[words] = (text, "positive" if rating > 0 else "negative")
+                found[words] = (text, "positive" if rating > 0 else "negative", kind)
     return tuple(found[words] for words in sorted(found))
+
+
+def sentences(part: str, *, clear: float = 1.0) -> tuple[tuple[str, str], ...]:
+    """The same without their kinds."""
+    return tuple((text, label) for text, label, _ in sentences_of_kinds(part, clear=clear))
 
 
 @cache

@@ -1,0 +1,117 @@
+"""Heal SmolLM2-135M-Instruct without half of its layers: the whole model teaches what is left of it, on text that it wrote itself.
+
+    python examples/recipes/entropy_adaptive/train.py --bf16      # a minute or two on a GPU, a night on two cores
+
+The adapter and the list of layers go into `healed/` in this folder, or in `--output`, and the recipe beside it: the small model writes, the
+large one takes over where it is unsure.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from common import halve, models, parser
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from small_model import LAYERS, answers, chats
+from transformers import DataCollatorForSeq2Seq, set_seed
+
+from hf_logits.fewer_layers import keep_layers
+from hf_logits.processors import EntropyAdaptiveLogitsProcessor
+from hf_logits.trainers import LogitDistillationConfig, LogitDistillationTrainer
+
+
+THRESHOLD = 2.0
+"""Bits; chosen by evaluate.py on the validation part."""
+
+
+def conversations(model, tokenizer, count: int, tokens: int, batch_size: int, part: str = "train") -> Dataset:
+    """Prompts with the model's own answers, of which the answers alone are learned."""
+    prompts = chats(tokenizer, part, count)
+    rows = []
+    for prompt, answer in zip(
+        prompts, answers(model, tokenizer, prompts, tokens=tokens, batch_size=batch_size), strict=True
+    ):
+        begin = tokenizer(prompt)["input_ids"]
+        ids = begin + answer
+        rows.append(
+            {
+                "input_ids": ids,
+                "attention_mask": [1] * len(ids),
+                "labels": [-100] * len(begin) + answer,
+                "length": len(ids),
+            }
+        )
+    return Dataset.from_list([row for row in rows if row["length"] > 0])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    made = parser(__doc__, Path(__file__).parent)
+    made.add_argument("--layers", type=int, default=15, help="how many are kept")
+    made.add_argument("--conversations", type=int, default=20000)
+    made.add_argument("--tokens", type=int, default=96, help="of an answer, at most")
+    made.add_argument("--epochs", type=float, default=3.0)
+    made.add_argument("--batch", type=int, default=64)
+    made.add_argument("--learning-rate", type=float, default=2e-3)
+    made.add_argument("--rank", type=int, default=32, help="of the adapter")
+    made.add_argument("--bf16", action="store_true", help="autocast: quicker where the processor knows bfloat16")
+    made.add_argument("--chunk", type=int, default=2048, help="tokens whose logits exist at once")
+    options = made.parse_args(arguments)
+    set_seed(options.seed)
+
+    model, tokenizer = models(options)
+    deep = model.config.num_hidden_layers
+    kept = [round(index * (deep - 1) / max(options.layers - 1, 1)) for index in range(options.layers)]
+    start = time.perf_counter()
+    rows = conversations(model, tokenizer, options.conversations, options.tokens, options.batch * 8)
+    print(f"{sum(rows['length'])} tokens to learn from, written in {time.perf_counter() - start:.0f} s", flush=True)
+    adapter = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear")
+    student = get_peft_model(keep_layers(model, kept, share=False), adapter)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = LogitDistillationConfig(
+            folder,
+            temperature=1.0,
+            kd_weight=1.0,
+            ce_weight=0.0,
+            chunk_size=options.chunk,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=options.batch,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            seed=options.seed,
+            train_sampling_strategy="group_by_length",
+            use_cpu=options.device == "cpu",
+            bf16=options.bf16,
+            logging_steps=20.0,
+            save_strategy="no",
+            report_to=[],
+        )
+        trainer = LogitDistillationTrainer(
+            student,
+            model,
+            settings,
+            train_dataset=rows.remove_columns("length") if options.batch == 1 else rows,
+            processing_class=tokenizer,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+        )
+        trainer.train()
+    halve(student)
+    target = options.output / "healed"
+    target.mkdir(parents=True, exist_ok=True)
+    student.save_pretrained(target, save_embedding_layers=False)
+    (target / LAYERS).write_text(json.dumps({"kept_layers": kept}) + "\n", encoding="utf-8")
+    # the model that is asked when the small one is unsure is the one that the reader has
+    EntropyAdaptiveLogitsProcessor(model, threshold=THRESHOLD, window=1, min_stay=1).save_pretrained(
+        options.output, main_model=model
+    )
+    print(f"the small model is in {target}, trained in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
