@@ -69,7 +69,9 @@ def self_bleu(written: Sequence[Sequence[int]], order: int = 4) -> float:
         for grams in own:
             total = sum(grams.values())
             # what the others have at most: the second largest count, where the largest is this text's own
-            others = {gram: best[gram][0] if count == best[gram][1] else best[gram][1] for gram, count in grams.items()}
+            others = {
+                gram: best[gram][0] if count == best[gram][1] else best[gram][1] for gram, count in grams.items()
+            }
             matches = sum(min(count, others[gram]) for gram, count in grams.items())
             if total:
                 precisions.append(log(max(matches, 0.1) / total))

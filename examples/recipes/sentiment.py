@@ -17,9 +17,7 @@ PARTS = {"train": range(5), "validation": range(5, 6), "judge": range(6, 9), "te
 
 
 @cache
-def sentences(
-    part: str, *, clear: float = 1.0, kinds: tuple[str, ...] = KINDS
-) -> tuple[tuple[str, str], ...]:
+def sentences(part: str, *, clear: float = 1.0, kinds: tuple[str, ...] = KINDS) -> tuple[tuple[str, str], ...]:
     """Sentences and `"positive"` or `"negative"`, for ratings of `clear` or more in size; the same ones at each call.
 
     A sentence's part is decided by its words alone, so that none is in two of them however often it occurs.

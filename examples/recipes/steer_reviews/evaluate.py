@@ -182,7 +182,9 @@ def main(arguments: list[str] | None = None) -> None:
         for column, measure in COLUMNS.items():
             values = [measure(one) for one in scored]
             digits = 3 if column in ("distinct-3", "self-BLEU", "log-ratio, nats a token") else 1
-            cells.append(f"{mean(values):.{digits}f} ± {statistics.stdev(values) if len(values) > 1 else 0:.{digits}f}")
+            cells.append(
+                f"{mean(values):.{digits}f} ± {statistics.stdev(values) if len(values) > 1 else 0:.{digits}f}"
+            )
         lines.append([name, *cells])
 
     own, labels = zip(*texts("test"), strict=True)
