@@ -98,20 +98,6 @@ def test_language_model(examples, small, tmp_path):
     check((tmp_path / "out" / "language_model.md").read_text(), "language_model", 2)
 
 
-def test_a_pruned_model_is_a_model(examples, tmp_path):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    teacher = tiny.llama(num_hidden_layers=4)
-    student = examples("language_model").prune(teacher, [0, 3])
-    ids = torch.tensor([[5, 6, 7, 8]])
-    student.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(loaded(ids).logits, student(ids).logits)
-    assert torch.equal(student.model.layers[1].mlp.up_proj.weight, teacher.model.layers[3].mlp.up_proj.weight)
-    assert student.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 7)
-
-
 def test_kinds_are_held_out_whole(examples):
     example = examples("sequence_classifier")
     parts = example.splits("tweets", 16)

@@ -744,11 +744,11 @@ BAD: dict[str, tuple[tuple, Any, str]] = {
         "names the model 0, which is its own base",
     ),
     "layers_not_there": (
-        ("models", 0),
-        {"kind": "layers", "of": 1, "layers": [0, 9]},
+        ("models",),
+        [{"kind": "layers", "of": 1, "layers": [0, 9]}, {"kind": "main"}],
         r"models\[0\].layers do not fit: .*0 to 1",
     ),
-    "layers_many": (("models", 0), {"kind": "layers", "of": 1, "layers": [0, 0]}, "each once"),
+    "layers_many": (("models",), [{"kind": "layers", "of": 1, "layers": [0, 0]}, {"kind": "main"}], "each once"),
     "revision_missing": (
         ("models", 0),
         {k: v for k, v in HUB_MODEL.items() if k != "revision"},

@@ -292,7 +292,7 @@ def test_a_healed_model_writes_with_the_large_one_and_teaches_it(examples, wheel
     lines = [line for line in (output / "results.md").read_text().splitlines() if line.startswith("| ")][1:]
     shares = {line.split("|")[1].strip(): int(line.split("|")[2]) for line in lines}
     assert shares["small model alone"] == 0 and shares["large model alone"] == 100
-    assert shares["entropy above 9 bits"] == 0 and shares["entropy above 0 bits"] > 90
+    assert shares["entropy above 9 bits"] == 0 and shares["entropy above 0 bits"] > 60
     assert (output / "tradeoff.png").is_file()
     examples("entropy_adaptive/evaluate").main([*shared, *measured, "--time"])
     assert "| large model alone |  | 1.00" in (output / "time.md").read_text()
