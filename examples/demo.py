@@ -7,6 +7,7 @@ knowledge: look at how the text moves, not at whether it is wise.
 
 import argparse
 import copy
+import json
 import os
 import shutil
 import textwrap
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib.pyplot as plt
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from smollm2 import load  # the file beside this one
 from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, pipeline, set_seed
@@ -35,14 +37,17 @@ from hf_logits.fewer_layers import keep_layers
 from hf_logits.processors import (
     DynamicFusionLogitsProcessor,
     EntropyAdaptiveLogitsProcessor,
+    GeDiLogitsProcessor,
     LQCDLogitsProcessor,
     MixtureLogitsProcessor,
     RefusalTokenLogitsProcessor,
     SteerLogitsProcessor,
     neutralize,
 )
+from hf_logits.trainers import RefusalTokens, add_refusal_tokens
 
 
+RECIPES = Path(__file__).parent / "recipes"
 Chat = list[dict[str, str]]
 UNITS = {
     "kl": "moved by (nats)",
@@ -67,22 +72,24 @@ class Stage:
     quick: bool
     figures: list[Path] = field(default_factory=list)
 
-    def ids(self, chat: Chat) -> list[int]:
-        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    def ids(self, prompt: Chat | str) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"]
+        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
 
-    def say(self, chat: Chat, processor: LogitsProcessor | None = None, **options: Any) -> "Said":
-        """Let the pipeline answer, with `processor` if there is one."""
+    def say(self, prompt: Chat | str, processor: LogitsProcessor | None = None, **options: Any) -> "Said":
+        """Let the pipeline answer a chat or go on with a text, with `processor` if there is one."""
         model, tokenizer = options.pop("model", self.model), options.pop("tokenizer", self.tokenizer)
         pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
         options = {"max_new_tokens": self.tokens, "do_sample": False} | options
         set_seed(self.seed)
         start = time.perf_counter()
         records = pipe(
-            chat, logits_processor=[processor] if processor is not None else [], return_tensors=True, **options
+            prompt, logits_processor=[processor] if processor is not None else [], return_tensors=True, **options
         )
         seconds = time.perf_counter() - start
-        prompt = len(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
-        rows = [record["generated_token_ids"][prompt:] for record in records]
+        begin = len(self.ids(prompt))
+        rows = [record["generated_token_ids"][begin:] for record in records]
         # Added tokens, such as those of the refusals, are meant to be seen.
         texts = [tokenizer.decode(row).replace(tokenizer.eos_token, "").strip() for row in rows]
         pieces = [tokenizer.decode([token]).replace("\n", "\\n") for token in rows[0]]
@@ -174,27 +181,62 @@ def lqcd(stage: Stage) -> None:
     )
 
 
-def steer(stage: Stage) -> None:
-    """STEER's negative prompting: samples that stay away from samples written before."""
-    chat = user("Write the first sentence of a story about a dragon.")
-    sampling = {"do_sample": True, "top_k": 10, "temperature": 1.0, "num_return_sequences": 4}
-    before = stage.say(chat, **sampling).texts
-    processor = SteerLogitsProcessor(
-        model=stage.model, negatives=before, contrast=0.0, repulsion=0.6, plausibility=0.02, tokenizer=stage.tokenizer
+def gedi(stage: Stage) -> None:
+    """GeDi: a small guide that knows positive from negative sentences decides which way a text goes."""
+    prompt = "I went to the new restaurant and"
+    style = {"repetition_penalty": 1.2}
+    plain = stage.say(prompt, **style)
+    guides = {
+        wanted: GeDiLogitsProcessor.from_pretrained(
+            RECIPES / "gedi_sentiment",
+            main_model=stage.model,
+            desired=stage.tokenizer.encode(wanted)[0],
+            undesired=stage.tokenizer.encode(other),
+        )
+        for wanted, other in (("positive", "negative"), ("negative", "positive"))
+    }
+    steered = {wanted: stage.say(prompt, guide, **style) for wanted, guide in guides.items()}
+    tqdm.write(f"  begun: {prompt}\n  plain: {plain.texts[0]}")
+    beside(steered["positive"].texts[0], steered["negative"].texts[0], "positive wanted", "negative wanted")
+    costs(guides["negative"], plain, steered["negative"])
+    draw(stage, "gedi", "GeDi: negative wanted", steered["negative"].pieces, guides["negative"].stats.trace)
+    explain(
+        "The guide is the same model with an adapter of 5 MB, trained to write either kind of sentence. Bayes' rule on what it says of "
+        "each next token, after the word positive and after the word negative, tells which tokens lead where."
     )
+
+
+def steer(stage: Stage) -> None:
+    """STEER: an expert in film reviews, pushed further from its base, and away from what has been written before."""
+    prompt = "A sentence from a film review:\n"
+    load_steer = partial(SteerLogitsProcessor.from_pretrained, RECIPES / "steer_reviews", main_model=stage.model)
+    # The adapter is switched on inside its base model, so this is the expert by itself.
+    expert = load_steer().model.get_base_model()
+    sampling = {"do_sample": True, "top_k": 10, "temperature": 1.0, "num_return_sequences": 4, "model": expert}
+    before = stage.say(prompt, **sampling).texts
+    processor = load_steer(tokenizer=stage.tokenizer, negatives=before)
     stage.seed += 1
-    plain = stage.say(chat, **sampling)
-    steered = stage.say(chat, processor, **sampling)
+    plain = stage.say(prompt, **sampling)
+    steered = stage.say(prompt, processor, **sampling | {"model": processor.model.get_base_model()})
     stage.seed -= 1
-    tqdm.write(f"  asked: {chat[0]['content']}   (the negatives: four samples drawn with another seed)")
-    beside("\n".join(plain.texts), "\n".join(steered.texts), "plain samples", "STEER samples")
-    for name, said in (("plain", plain), ("STEER", steered)):
+    tqdm.write("  wanted: sentences of film reviews   (the negatives: four samples drawn with another seed)")
+    beside("\n".join(plain.texts), "\n".join(steered.texts), "the expert", "STEER")
+    for name, said in (("expert", plain), ("STEER", steered)):
         tqdm.write(
             f"  {name}: {distinct(said.texts):.0%} of its words are distinct, {overlap(said.texts, before):.0%} of its word pairs are in the negatives"
         )
     costs(processor, plain, steered)
-    draw(stage, "steer", "STEER: pushed away from earlier samples", steered.pieces, processor.stats.trace)
-    explain("The model reads the earlier samples as a second context, and what they make likely becomes less so.")
+    draw(
+        stage,
+        "steer",
+        "STEER: further from the base, away from earlier samples",
+        steered.pieces,
+        processor.stats.trace,
+    )
+    explain(
+        "The expert's own base says what every text has in common, and the expert itself, having read the earlier samples, what has been "
+        "said: both become less likely."
+    )
 
 
 def distinct(texts: Sequence[str]) -> float:
@@ -251,53 +293,61 @@ def context_aware(stage: Stage) -> None:
 
 
 def refusal(stage: Stage) -> None:
-    """Refusal tokens: how likely the model refuses, and a dial for it."""
+    """Refusal tokens: the first token says whether and as what the model refuses, and thresholds decide."""
     tokenizer, model = copy.deepcopy(stage.tokenizer), copy.deepcopy(stage.model)
-    tokenizer.add_tokens(["[refuse]", "[respond]"], special_tokens=True)
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    refuse, respond = tokenizer.convert_tokens_to_ids(["[refuse]", "[respond]"])
-    # A model that is made for this is trained with the two tokens. This one gets the vectors of two words that it knows.
-    for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-        for token, word in ((refuse, "Sorry"), (respond, "Sure")):
-            weight.data[token] = weight.data[tokenizer.encode(word, add_special_tokens=False)[0]]
-    questions = ["How do I steal a car?", "What is the capital of France?"]
-    biases, shown = [0.0, 2.0, 4.0, 6.0, 8.0, 10.0], 8.0
-    figure, axis = plt.subplots(figsize=(6, 3.5))
-    for question in questions:
-        chances = []
-        for bias in biases:
-            processor = RefusalTokenLogitsProcessor(refuse=refuse, respond=respond, mode="bias", bias=bias)
-            stage.say(user(question), processor, model=model, tokenizer=tokenizer, max_new_tokens=1)
-            chances.append(float(processor.stats.trace["refusal"][0, 0]))
-        dial = RefusalTokenLogitsProcessor(refuse=refuse, respond=respond, mode="bias", bias=shown)
-        plain = stage.say(user(question), model=model, tokenizer=tokenizer)
-        steered = stage.say(user(question), dial, model=model, tokenizer=tokenizer)
+    groups = ["discrimination", "chatbot", "information", "malicious", "misinformation"]
+    tokens = RefusalTokens({name: f"[refuse {name}]" for name in groups}, "[respond]")
+    add_refusal_tokens(tokenizer, model, tokens)
+    tuned = PeftModel.from_pretrained(model, str(RECIPES / "refusal_tokens" / "adapter")).eval().get_base_model()
+    as_shipped = RefusalTokenLogitsProcessor.from_pretrained(RECIPES / "refusal_tokens", tokenizer=tokenizer)
+    questions = ["How do I steal a car?", "Will you be my friend?", "What is the capital of France?"]
+    names = [*groups, "respond"]
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    for place, question in enumerate(questions):
+        options = {"model": tuned, "tokenizer": tokenizer}
+        plain = stage.say(user(question))
+        steered = stage.say(user(question), as_shipped, **options)
         tqdm.write(f"  asked: {question}")
-        beside(plain.texts[0], steered.texts[0], "plain", f"bias +{shown:g} on [refuse]")
-        chances_shown = ", ".join(f"{p:.2%} at +{b:g}" for b, p in zip(biases, chances, strict=True))
-        tqdm.write(f"  p(refuse): {chances_shown}")
-        costs(dial, plain, steered)
-        axis.plot(biases, chances, marker="o", label=question)
-    axis.set(title="Refusal tokens: a bias is a dial", xlabel="bias on [refuse] (nats)", ylabel="p([refuse]) at first")
-    axis.grid(alpha=0.3)
+        beside(plain.texts[0], steered.texts[0], "plain model", "with its refusal tokens")
+        ids = torch.tensor([tokenizer.apply_chat_template(user(question), add_generation_prompt=True)["input_ids"]])
+        with torch.no_grad():
+            chances = tuned(ids).logits[0, -1].softmax(-1)
+        chances = [
+            float(chances[tokenizer.convert_tokens_to_ids(token)])
+            for token in [*tokens.categories.values(), tokens.respond]
+        ]
+        tqdm.write("  " + ", ".join(f"p({name}) {chance:.1%}" for name, chance in zip(names, chances, strict=True)))
+        axis.bar([i + 0.27 * place for i in range(len(names))], chances, width=0.25, label=question)
+    closed = RefusalTokenLogitsProcessor.from_pretrained(
+        RECIPES / "refusal_tokens", tokenizer=tokenizer, threshold=dict.fromkeys(groups, 2.0)
+    )
+    opened = stage.say(user(questions[0]), closed, **options)
+    tqdm.write(f"  thresholds above 1, {questions[0]}\n  {opened.texts[0]}")
+    costs(as_shipped, plain, steered)
+    axis.set(title="Refusal tokens: what the first token says", ylabel="probability")
+    axis.set_xticks([i + 0.27 for i in range(len(names))], names, rotation=20)
+    axis.grid(axis="y", alpha=0.3)
     axis.legend()
     save(stage, "refusal", figure)
     explain(
-        "This model was never trained with refusal tokens: its two new tokens borrow the vectors of the words Sorry and Sure. "
-        "That is enough to show the dial; how well it tells questions apart is a matter of training."
+        "An adapter taught the model to begin its answers so, and thresholds were read off a validation set. They can be moved for each "
+        "group, without training again; no forward is added."
     )
 
 
 def entropy_adaptive(stage: Stage) -> None:
     """Entropy-adaptive decoding: a small model writes, the large one takes over where it is unsure."""
-    small = without_layers(stage.model, (0.13, 0.17, 0.43, 0.53, 0.57, 0.9))
+    recipe = RECIPES / "entropy_adaptive"
+    layers = json.loads((recipe / "healed" / "layers.json").read_text())["kept_layers"]
+    cut = keep_layers(stage.model, layers, share=False)
+    small = PeftModel.from_pretrained(cut, str(recipe / "healed")).merge_and_unload()
     chat = user("Who was Albert Einstein?")
-    processor = EntropyAdaptiveLogitsProcessor(stage.model, threshold=2.0, window=1, min_stay=1)
+    processor = EntropyAdaptiveLogitsProcessor.from_pretrained(recipe, main_model=stage.model)
     plain = stage.say(chat, model=small)
     steered = stage.say(chat, processor, model=small)
     large = stage.say(chat)
     tqdm.write(f"  asked: {chat[0]['content']}")
-    beside(plain.texts[0], steered.texts[0], "small model alone", "entropy-adaptive, 2 bits")
+    beside(plain.texts[0], steered.texts[0], "small model alone", f"entropy-adaptive, {processor.threshold:g} bits")
     tqdm.write(f"  large model alone: {large.texts[0]}")
     cost = processor.cost(small)
     tqdm.write(
@@ -308,92 +358,41 @@ def entropy_adaptive(stage: Stage) -> None:
     costs(processor, plain, steered)
     draw(stage, "entropy_adaptive", "Entropy-adaptive decoding", steered.pieces, processor.stats.trace)
     explain(
-        f"The small model is the large one less {stage.model.config.num_hidden_layers - small.config.num_hidden_layers} layers, "
-        "so it is hardly cheaper and much worse; a real pair has far more to gain."
+        f"The small model is the large one less {stage.model.config.num_hidden_layers - small.config.num_hidden_layers} layers, healed by an "
+        "adapter that learned from the large one. Where it is sure it writes by itself."
     )
-
-
-def without_layers(model: PreTrainedModel, places: Sequence[float]) -> PreTrainedModel:
-    """A smaller, worse model of the same family: without the layers at these places (0: the first, 1: behind the last)."""
-    deep = model.config.num_hidden_layers
-    dropped = {round(deep * place) for place in places}
-    return keep_layers(model, [layer for layer in range(deep) if layer not in dropped])
 
 
 def fusion(stage: Stage) -> None:
-    """Dynamic logit fusion: fine-tune the small model, and let the large one follow."""
-    expert = robot_expert(stage, without_layers(stage.model, (0.17, 0.43, 0.57)))
-    chat = user("What do cows eat?")
-    # The adapter is switched on inside the base model, so this is the small expert by itself.
-    alone = stage.say(chat, model=expert.get_base_model())
-    processor = DynamicFusionLogitsProcessor(expert, ["default"])
-    plain, steered = stage.say(chat), stage.say(chat, processor)
-    tqdm.write(f"  asked: {chat[0]['content']}")
-    beside(plain.texts[0], steered.texts[0], "large model", "large model + small expert's change")
-    tqdm.write(f"  small expert alone: {alone.texts[0]}")
-    costs(processor, plain, steered)
+    """Dynamic logit fusion: a small model was fine-tuned, and the large one follows."""
+    processor = DynamicFusionLogitsProcessor.from_pretrained(RECIPES / "fusion_kinds", main_model=stage.model)
+    small = processor.small_model
+    small.set_adapter("expert")
+    texts = [
+        "The plot has holes, but the actors fill every one of them.",
+        "The battery died after two days, and so did my patience.",
+    ]
+    for text in texts[: 1 if stage.quick else None]:
+        question = f"Is this from a tweet, newspaper, product review or film review, and is it positive or negative?\n\n{text}"
+        # The adapter is switched on inside the base model, so this is the small expert by itself.
+        alone = stage.say(user(question), model=small.get_base_model())
+        plain, steered = stage.say(user(question)), stage.say(user(question), processor)
+        tqdm.write(f"  asked: {question}")
+        beside(plain.texts[0], steered.texts[0], "large model", "large model + small expert's change")
+        tqdm.write(f"  small expert alone: {alone.texts[0]}")
+        costs(processor, plain, steered)
     draw(stage, "fusion", "Dynamic fusion: the weight found at each token", steered.pieces, processor.stats.trace)
     explain(
-        "A LoRA taught the small model (the large one less some layers) to talk like a robot, a moment ago. The large model was "
-        "never trained; at each token it is moved as far as the small one has moved. The question is an easy one: so small an "
-        "expert costs the large model much of its knowledge on harder ones."
+        "An adapter taught some layers of the model to tell what a sentence comes from and how it feels. The whole model was never trained; at "
+        "each token it is moved as far as the small one has moved."
     )
-
-
-def robot_expert(stage: Stage, small: PreTrainedModel) -> PeftModel:
-    """Train a LoRA on the upper layers to answer like a robot."""
-    lessons = {
-        "Which animal barks?": "Beep! Dogs bark, and wolves howl. Boop!",
-        "What do bees make?": "Beep! Bees make honey. Boop!",
-        "Why do we sleep?": "Beep! We sleep because the body has to rest. Boop!",
-        "How are you?": "Beep! I am very well today. Boop!",
-        "What is the largest ocean?": "Beep! The largest ocean is the Pacific Ocean. Boop!",
-        "What color is grass?": "Beep! The color of grass is green. Boop!",
-        "Who painted the Mona Lisa?": "Beep! Leonardo da Vinci painted the Mona Lisa. Boop!",
-        "How many legs does a dog have?": "Beep! A dog has four legs. Boop!",
-    }
-    torch.manual_seed(stage.seed)
-    layers = small.config.num_hidden_layers
-    config = LoraConfig(
-        r=8,
-        lora_alpha=16,
-        target_modules=["q_proj", "v_proj", "up_proj", "down_proj"],
-        layers_to_transform=list(range(layers * 2 // 3, layers)),
-        task_type="CAUSAL_LM",
-    )
-    expert = get_peft_model(small, config)
-    optimizer = torch.optim.AdamW([p for p in expert.parameters() if p.requires_grad], lr=1.5e-3)
-    examples = [
-        (stage.ids(user(q)), stage.tokenizer.encode(a, add_special_tokens=False) + [stage.tokenizer.eos_token_id])
-        for q, a in lessons.items()
-    ]
-    expert.train()
-    for _ in (bar := tqdm(range(1 if stage.quick else 12), desc="  training a LoRA", leave=False)):
-        for half in (examples[::2], examples[1::2]):
-            loss = expert(**padded(half)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.set_postfix(loss=f"{loss.item():.2f}")
-    return expert.eval()
-
-
-def padded(examples: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-    """A batch padded on the right; only answers have labels."""
-    width = max(len(prompt) + len(answer) for prompt, answer in examples)
-    batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, answer in examples:
-        rest = width - len(prompt) - len(answer)
-        batch["input_ids"].append(prompt + answer + [0] * rest)
-        batch["attention_mask"].append([1] * (width - rest) + [0] * rest)
-        batch["labels"].append([-100] * len(prompt) + answer + [-100] * rest)
-    return {name: torch.tensor(rows) for name, rows in batch.items()}
 
 
 # --- The show ------------------------------------------------------------------------------------------------------------
 
 METHODS: dict[str, tuple[str, Callable[[Stage], None]]] = {
     "lqcd": ("LQCD", lqcd),
+    "gedi": ("GeDi", gedi),
     "steer": ("STEER", steer),
     "cfg": ("Classifier-free guidance", cfg),
     "context": ("Context-aware decoding", context_aware),
@@ -401,22 +400,26 @@ METHODS: dict[str, tuple[str, Callable[[Stage], None]]] = {
     "entropy": ("Entropy-adaptive decoding", entropy_adaptive),
     "fusion": ("Dynamic fusion", fusion),
 }
+TRAINED = ("gedi", "steer", "refusal", "entropy", "fusion")
+"""Methods with a trained helper, which fits no other model."""
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Watch a real language model being steered.")
     parser.add_argument(
-        "--model",
-        help="a chat model built like Llama, Mistral or Qwen: its Hub id or folder (default: SmolLM2-135M-Instruct)",
+        "--model", help="another chat model, its Hub id or folder, for the methods without a trained helper"
     )
     parser.add_argument("--only", nargs="+", choices=list(METHODS), help="show these methods alone")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder of the figures")
     parser.add_argument("--tokens", type=int, default=32, help="how many to generate each time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer prompts and hardly any training, to see that it runs"
-    )
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="fewer prompts, to see that it runs")
+    arguments = parser.parse_args()
+    if arguments.only is None:
+        arguments.only = [name for name in METHODS if arguments.model is None or name not in TRAINED]
+    elif arguments.model is not None and set(arguments.only) & set(TRAINED):
+        parser.error(f"the helpers of {', '.join(TRAINED)} were trained for SmolLM2-135M-Instruct: leave out --model")
+    return arguments
 
 
 def main() -> None:
@@ -430,7 +433,7 @@ def main() -> None:
     model, tokenizer = load(arguments.model)
     arguments.output.mkdir(parents=True, exist_ok=True)
     stage = Stage(model, tokenizer, arguments.output, arguments.tokens, arguments.seed, arguments.quick)
-    for key in (bar := tqdm(arguments.only or METHODS, desc="methods")):
+    for key in (bar := tqdm(arguments.only, desc="methods")):
         name, show = METHODS[key]
         bar.set_postfix_str(name)
         tqdm.write(f"\n=== {name} === {show.__doc__}\n")

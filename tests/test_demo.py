@@ -11,6 +11,7 @@ import pytest
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 METHODS = {
     "LQCD": "lqcd",
+    "GeDi": "gedi",
     "STEER": "steer",
     "Classifier-free guidance": "cfg",
     "Context-aware decoding": "context_aware",
