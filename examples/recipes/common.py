@@ -22,6 +22,10 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
 
+BATCH_SIZE = 256 if torch.cuda.is_available() else 32
+"""Rows that are written or measured at once, if nothing else is asked for."""
+
+
 def parser(description: str | None, folder: Path) -> argparse.ArgumentParser:
     """The arguments that all of them have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,7 +57,7 @@ def continue_prompts(
     processor: LogitsProcessor | None = None,
     *,
     tokens: int,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to the end of the text. `options` are of `generate`."""
@@ -75,30 +79,57 @@ def continue_prompts(
 
 
 @torch.no_grad()
+def log_likelihoods_of_ids(
+    model: torch.nn.Module,
+    beginnings: Sequence[list[int]],
+    continuations: Sequence[list[int]],
+    *,
+    batch_size: int = BATCH_SIZE,
+) -> list[float]:
+    """The log-prob of each continuation behind its beginning, which has a token or more, summed over its tokens; all are ids."""
+    device = next(model.parameters()).device
+    rows = [begin + continuation for begin, continuation in zip(beginnings, continuations, strict=True)]
+    found = [0.0] * len(rows)
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # alike in length: little is padded
+    for start in range(0, len(rows), batch_size):
+        batch = by_length[start : start + batch_size]
+        shape = len(batch), max(len(rows[index]) for index in batch)
+        ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, -100)
+        for place, index in enumerate(batch):  # padded on the right: positions count from the left
+            begin, end = len(beginnings[index]), len(rows[index])
+            ids[place, :end], mask[place, :end] = torch.tensor(rows[index]), 1
+            labels[place, begin:end] = ids[place, begin:end]
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1].float()
+        losses = cross_entropy(logits.transpose(1, 2), labels[:, 1:].to(device), reduction="none").sum(-1)
+        for index, loss in zip(batch, losses.tolist(), strict=True):
+            found[index] = -loss
+    return found
+
+
 def log_likelihoods(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     continuations: Sequence[list[int]],
+    *,
+    batch_size: int = BATCH_SIZE,
 ) -> list[float]:
-    """The log-prob of each continuation behind its prompt, summed over its tokens."""
-    found = []
-    for prompt, continuation in zip(prompts, continuations, strict=True):
-        begin = tokenizer(prompt)["input_ids"]
-        ids = torch.tensor([begin + continuation], device=model.device)
-        logits = model(input_ids=ids).logits[0, len(begin) - 1 : -1].float()
-        found.append(-cross_entropy(logits, ids[0, len(begin) :], reduction="sum").item())
-    return found
+    """As [`log_likelihoods_of_ids`], behind prompts that are texts."""
+    beginnings = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    return log_likelihoods_of_ids(model, beginnings, continuations, batch_size=batch_size)
 
 
 def perplexity(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     continuations: Sequence[list[int]],
+    *,
+    batch_size: int = BATCH_SIZE,
 ) -> float:
     """Of all continuations together, without their prompts."""
-    total = sum(log_likelihoods(model, tokenizer, prompts, continuations))
+    total = sum(log_likelihoods(model, tokenizer, prompts, continuations, batch_size=batch_size))
     return math.exp(-total / max(1, sum(map(len, continuations))))
 
 
