@@ -107,6 +107,7 @@ def of_kinds(kinds: Any) -> dict[str, list[tuple[str, float]]]:
 
 @pytest.mark.slow
 def test_the_expert_in_reviews(examples, small, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("vaderSentiment")
     monkeypatch.setattr(examples("rated_sentences"), "rated_sentences", of_kinds)
     domains = examples("domains")
     parts = {part: dict(domains.texts(part)) for part in examples("sentiment").PARTS}
@@ -129,6 +130,7 @@ def test_the_expert_in_reviews(examples, small, tmp_path, monkeypatch, capsys):
 
 
 def test_texts_that_are_alike(examples):
+    pytest.importorskip("vaderSentiment")
     domains = examples("domains")
     same = [[1, 2, 3, 4, 5]] * 3
     assert domains.self_bleu(same) == pytest.approx(1.0)
@@ -143,6 +145,7 @@ def test_texts_that_are_alike(examples):
 
 @pytest.mark.slow
 def test_leads(examples, small, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("vaderSentiment")
     monkeypatch.setattr(examples("rated_sentences"), "rated_sentences", of_kinds)
     made = word_tokenizer(["Positive", "Negative", *MOOD["positive"], *MOOD["negative"], "user", "assistant"])
     made.chat_template = CHAT
@@ -164,6 +167,7 @@ def test_leads(examples, small, tmp_path, monkeypatch, capsys):
 
 
 def test_measures_of_leads(examples):
+    pytest.importorskip("vaderSentiment")
     evaluate = examples("lqcd_sentiment/evaluate")
     golds = ["positive", "positive", "negative", "negative"]
     neutral = ["positive", "negative", "negative", "positive"]

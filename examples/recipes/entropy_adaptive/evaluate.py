@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from common import continue_prompts, models, parser, table
+from common import BATCH_SIZE, continue_prompts, models, parser, table
 from matplotlib import pyplot as plt
 from small_model import chats, healed
 from torch.nn.functional import cross_entropy
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--prompts", type=int, default=64)
     made.add_argument("--tokens", type=int, default=64)
     made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--batch-size", type=int, default=32)
+    made.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     made.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0])
     made.add_argument("--window", type=int, default=1)
     made.add_argument("--min-stay", type=int, default=1)

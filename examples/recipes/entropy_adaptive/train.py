@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from common import halve, models, parser
+from common import BATCH_SIZE, halve, models, parser
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from small_model import LAYERS, answers, chats
@@ -47,17 +47,18 @@ def conversations(model, tokenizer, count: int, tokens: int, batch_size: int, pa
                 "length": len(ids),
             }
         )
-    return Dataset.from_list([row for row in rows if row["length"] > 0])
+    return Dataset.from_list(rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
     made = parser(__doc__, Path(__file__).parent)
     made.add_argument("--layers", type=int, default=15, help="how many are kept")
-    made.add_argument("--conversations", type=int, default=20000)
+    made.add_argument("--conversations", type=int, default=12000)
     made.add_argument("--tokens", type=int, default=96, help="of an answer, at most")
     made.add_argument("--epochs", type=float, default=3.0)
-    made.add_argument("--batch", type=int, default=64)
-    made.add_argument("--learning-rate", type=float, default=2e-3)
+    made.add_argument("--batch", type=int, default=128, help="conversations in a step")
+    made.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="answers that are written at once")
+    made.add_argument("--learning-rate", type=float, default=1.5e-3)
     made.add_argument("--rank", type=int, default=32, help="of the adapter")
     made.add_argument("--bf16", action="store_true", help="autocast: quicker where the processor knows bfloat16")
     made.add_argument("--chunk", type=int, default=2048, help="tokens whose logits exist at once")
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     deep = model.config.num_hidden_layers
     kept = [round(index * (deep - 1) / max(options.layers - 1, 1)) for index in range(options.layers)]
     start = time.perf_counter()
-    rows = conversations(model, tokenizer, options.conversations, options.tokens, options.batch * 8)
+    rows = conversations(model, tokenizer, options.conversations, options.tokens, options.batch_size)
     print(f"{sum(rows['length'])} tokens to learn from, written in {time.perf_counter() - start:.0f} s", flush=True)
     adapter = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear")
     student = get_peft_model(keep_layers(model, kept, share=False), adapter)
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
             student,
             model,
             settings,
-            train_dataset=rows.remove_columns("length") if options.batch == 1 else rows,
+            train_dataset=rows,
             processing_class=tokenizer,
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         )

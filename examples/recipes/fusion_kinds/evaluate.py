@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parent))
 
-from common import continue_prompts, interval, mean, models, parser, table
+from common import BATCH_SIZE, continue_prompts, interval, mean, models, parser, table
 from matplotlib import pyplot as plt
 from peft import PeftModel
 from task import chat, examples, marks
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--part", choices=["validation", "test"], default="test")
     made.add_argument("--rows", type=int, default=800)
     made.add_argument("--tokens", type=int, default=8)
-    made.add_argument("--batch-size", type=int, default=32)
+    made.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     options = made.parse_args(arguments)
 
     large, tokenizer = models(options)

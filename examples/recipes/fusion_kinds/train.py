@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--small", type=Path, default=HEALED, help="the folder of the healed adapter")
     made.add_argument("--rows", type=int, default=6400)
     made.add_argument("--epochs", type=float, default=2.0)
-    made.add_argument("--batch", type=int, default=16)
+    made.add_argument("--batch", type=int, default=32)
     made.add_argument("--learning-rate", type=float, default=5e-4)
     made.add_argument("--rank", type=int, default=8, help="of the large model's adapter; the small one's is given")
     made.add_argument("--bf16", action="store_true", help="autocast: quicker where the processor knows bfloat16")
