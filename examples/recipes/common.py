@@ -153,6 +153,13 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def percent(values: list[float], *, signed: bool = False) -> str:
+    """The mean and its interval, in percent."""
+    low, high = interval(values, mean)
+    sign = "+" if signed else ""
+    return f"{100 * mean(values):{sign}.0f} ({100 * low:{sign}.0f} to {100 * high:{sign}.0f})"
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown, the first column to the left."""
     lines = [f"| {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) - 1)]

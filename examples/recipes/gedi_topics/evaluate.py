@@ -18,11 +18,11 @@ from common import (
     BATCH_SIZE,
     continue_prompts,
     distinct,
-    interval,
     log_likelihoods_of_ids,
     mean,
     models,
     parser,
+    percent,
     perplexity,
     table,
 )
@@ -209,12 +209,6 @@ def main(arguments: list[str] | None = None) -> None:
     if options.part == "test":
         (options.output / "results.md").write_text(text, encoding="utf-8")
         draw(points, options.output / "tradeoff.png")
-
-
-def percent(values: list[float], *, signed: bool = False) -> str:
-    low, high = interval(values, mean)
-    sign = "+" if signed else ""
-    return f"{100 * mean(values):{sign}.0f} ({100 * low:{sign}.0f} to {100 * high:{sign}.0f})"
 
 
 def draw(points: list[tuple[float, float, str]], path: Path) -> None:
