@@ -88,6 +88,12 @@ def test_the_sentiment_guide(examples, small, tmp_path, monkeypatch, capsys):
     measured = ["--prompts", "6", "--tokens", "4", "--strengths", "5"]
     examples("gedi_sentiment/evaluate").main([*shared, *measured])
     text = (output / "results.md").read_text()
+    capsys.readouterr()
+    sweep = ["--part", "validation", "--prompts", "2", "--tokens", "2", "--filter-p", "0", "0.5", "--target-p", "0.8"]
+    examples("gedi_sentiment/evaluate").main([*shared, *sweep, "--strengths", "5", "--samples", "2"])
+    said = capsys.readouterr().out
+    assert "2 samples each" in said and all(said.count(f"| 5, {filter_p}, 0.8 |") == 1 for filter_p in ("0", "0.5"))
+    assert (output / "results.md").read_text() == text  # what is tried on validation is not written down as the result
     assert len([line for line in text.splitlines() if line.startswith(("| positive, ", "| negative, "))]) == 4
     assert "nan" not in text and (output / "tradeoff.png").is_file()
 

@@ -1,6 +1,6 @@
 """Does the guide steer? Continuations of the first words of sentences that nobody has learned, judged by two judges.
 
-    python examples/recipes/gedi_sentiment/evaluate.py                       # ten minutes on two cores, half a minute on a GPU
+    python examples/recipes/gedi_sentiment/evaluate.py                       # ten minutes on two cores
     python examples/recipes/gedi_sentiment/evaluate.py --part validation --filter-p 0 0.4 0.8    # what settings are chosen by
 
 Prints a table, settings with the best first, and, for the test part, writes `results.md` and `tradeoff.png` into the recipe's folder.

@@ -1,6 +1,6 @@
 """Train a guide that knows positive from negative sentences: GeDi's losses, LoRA on SmolLM2-135M-Instruct, rated sentences.
 
-    python examples/recipes/gedi_sentiment/train.py      # half an hour of CPU time for 4,800 sentences, one or two minutes on a GPU
+    python examples/recipes/gedi_sentiment/train.py      # half an hour of CPU time for 4,800 sentences
 
 Writes the recipe (`logits_processor.json` and the adapter) into this folder, or into `--output`.
 """

@@ -1,6 +1,6 @@
 """Does the guide steer to topics that it never learned? Neutral openings are continued, and judged by words that are typical of each topic.
 
-    python examples/recipes/gedi_topics/evaluate.py                       # half an hour on two cores, a minute on a GPU
+    python examples/recipes/gedi_topics/evaluate.py                       # an hour on two cores, minutes on a GPU
     python examples/recipes/gedi_topics/evaluate.py --part validation     # what settings were chosen by
 
 Prints tables and writes `results.md` and `tradeoff.png` into the recipe's folder.

@@ -1,6 +1,6 @@
 """Train a guide that knows whether a text is about a word, any word: GeDi's losses, LoRA on SmolLM2-135M-Instruct, texts with topics.
 
-    python examples/recipes/gedi_topics/train.py      # an hour and a half of CPU time, one or two minutes on a GPU
+    python examples/recipes/gedi_topics/train.py      # hours on two cores, minutes on a GPU
 
 Writes the recipe (`logits_processor.json` and the adapter) into this folder, or into `--output`.
 """
