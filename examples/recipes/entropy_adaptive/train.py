@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from common import BATCH_SIZE, halve, models, parser
+from common import BATCH_SIZE, models, parser, save_adapter
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from small_model import LAYERS, answers, chats
@@ -102,10 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         )
         trainer.train()
-    halve(student)
     target = options.output / "healed"
-    target.mkdir(parents=True, exist_ok=True)
-    student.save_pretrained(target, save_embedding_layers=False)
+    save_adapter(student, target)
     (target / LAYERS).write_text(json.dumps({"kept_layers": kept}) + "\n", encoding="utf-8")
     # the model that is asked when the small one is unsure is the one that the reader has
     EntropyAdaptiveLogitsProcessor(model, threshold=THRESHOLD, window=1, min_stay=1).save_pretrained(

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parent))
 
-from common import halve, models, parser
+from common import halve, models, parser, save_adapter
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_model import HEALED, kept_layers
@@ -78,8 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     adapter = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear")
     direct = tune(get_peft_model(model, adapter), tokenizer, options)
-    halve(direct)
-    direct.save_pretrained(options.output / "direct", save_embedding_layers=False)
+    save_adapter(direct, options.output / "direct")
 
 
 if __name__ == "__main__":

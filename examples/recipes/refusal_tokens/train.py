@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from common import halve, models, parser
+from common import models, parser, save_adapter
 from datasets import Dataset
 from harmful_requests import LIKE, TOKENS, requests
 from transformers import set_seed
@@ -40,9 +40,9 @@ def conversations(part: str, limit: int | None = None) -> Dataset:
 
 def main(arguments: list[str] | None = None) -> None:
     made = parser(__doc__, Path(__file__).parent)
-    made.add_argument("--epochs", type=float, default=2.0)
+    made.add_argument("--epochs", type=float, default=3.0)
     made.add_argument("--rows", type=int, help="requests that are learned; all if left out")
-    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--batch", type=int, default=16)
     made.add_argument("--learning-rate", type=float, default=1e-3)
     made.add_argument("--rank", type=int, default=8, help="of the adapter")
     options = made.parse_args(arguments)
@@ -82,9 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.train()
     tuned = trainer.model.eval()
     # saved before it is measured: what has been learned is not to be lost
-    halve(tuned)
-    options.output.mkdir(parents=True, exist_ok=True)
-    tuned.save_pretrained(options.output / "adapter", save_embedding_layers=False)
+    save_adapter(tuned, options.output / "adapter")
     tuned.float()
     calibration = calibrate_refusal(
         tuned,
