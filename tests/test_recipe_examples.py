@@ -296,7 +296,21 @@ def test_a_healed_model_writes_with_the_large_one_and_teaches_it(examples, wheel
     monkeypatch.setattr(examples("rated_sentences"), "rated_sentences", moody)
     output, fused = tmp_path / "pair", tmp_path / "fused"
     shared = ["--model", small, "--output", str(output), "--device", "cpu"]
-    settings = ["--layers", "1", "--conversations", "12", "--tokens", "4", "--batch", "4", "--rank", "2"]
+    settings = [
+        "--dropped",
+        "1",
+        "2",
+        "--conversations",
+        "12",
+        "--tokens",
+        "4",
+        "--batch",
+        "4",
+        "--rank",
+        "2",
+        "--sentences",
+        "8",
+    ]
     examples("entropy_adaptive/train").main([*shared, *settings, "--epochs", "1"])
     assert json.loads((output / "healed" / "layers.json").read_text()) == {"kept_layers": [0]}
     assert json.loads((output / "logits_processor.json").read_text())["models"] == [{"kind": "main"}]
