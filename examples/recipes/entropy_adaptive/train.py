@@ -17,7 +17,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-import torch
 from common import BATCH_SIZE, models, parser, save_adapter
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -39,8 +38,7 @@ THRESHOLD = 2.0
 def to_learn(model, tokenizer, options) -> Dataset:
     """Sentences, and prompts with the model's own answers, of which the answers are learned."""
     prompts = chats(tokenizer, "train", options.conversations)
-    with torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
-        written = answers(model, tokenizer, prompts, tokens=options.tokens, batch_size=options.batch_size)
+    written = answers(model, tokenizer, prompts, tokens=options.tokens, batch_size=options.batch_size)
     pairs = [(tokenizer(prompt)["input_ids"], answer) for prompt, answer in zip(prompts, written, strict=True)]
     texts = [text for text, _ in sentences("train", clear=0.0) if len(text.split()) >= 8]
     texts = random.Random(options.seed).sample(texts, min(options.sentences, len(texts)))
@@ -64,9 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--dropped", type=int, nargs=2, default=DROPPED, help="the first layer that goes, and the first that stays"
     )
     made.add_argument("--sentences", type=int, default=8000, help="to learn from, at most")
-    made.add_argument("--conversations", type=int, default=1500, help="to learn from")
-    made.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
-    made.add_argument("--epochs", type=float, default=2.0)
+    made.add_argument("--conversations", type=int, default=384, help="to learn from")
+    made.add_argument("--tokens", type=int, default=40, help="of an answer, at most")
+    made.add_argument("--epochs", type=float, default=1.0)
     made.add_argument("--batch", type=int, default=32, help="texts in a step")
     made.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="answers that are written at once")
     made.add_argument("--learning-rate", type=float, default=1.5e-3)
