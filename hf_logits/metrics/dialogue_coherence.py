@@ -113,6 +113,7 @@ def pair_scorer(
                 joined[part],
                 responses[part],
                 padding=True,
+                padding_side="right",  # absolute positions count from the left
                 truncation=True,
                 max_length=max_length,
                 return_tensors="pt",

@@ -56,10 +56,8 @@ def mauve(real: Num[ndarray, " K"], made: Num[ndarray, " K"], *, scale: float = 
         real, made (arrays of shape `[K]`): counts or probabilities of the same K clusters.
         scale (`float`, *optional*, defaults to 5.0): c.
     """
-    if real.shape != made.shape or (real < 0).any() or (made < 0).any():
-        raise ValueError(
-            f"Counts of the same clusters, none below 0, are needed; got {real.tolist()} and {made.tolist()}."
-        )
+    if (real < 0).any() or (made < 0).any():
+        raise ValueError(f"Counts must not be below 0; got {real.tolist()} and {made.tolist()}.")
     if not np.sum(real) or not np.sum(made):
         return float("nan")
     p, q = (np.asarray(values, dtype=np.float64) / np.sum(values) for values in (real, made))

@@ -31,7 +31,7 @@ def consistency(scores: Float64[ndarray, "N K"], *, alpha: float = 100.0) -> flo
 
 
 def trait_scores(
-    answers: Sequence[Sequence[float]], questions: Sequence[Mapping[str, Any]], *, options: int = 7
+    answers: Sequence[Sequence[int]], questions: Sequence[Mapping[str, Any]], *, options: int = 7
 ) -> tuple[list[str], Float64[ndarray, "N K"]]:
     """Answers to a questionnaire as one score a trait, from 0 to 100: the mean agreement with its statements.
 
@@ -171,7 +171,7 @@ class Personality(module.LogitMetric):
 
     def measure(
         self,
-        predictions: list[list[float]] | list[list[int]],
+        predictions: list[list[Any]],
         references: list[str],
         questions: Sequence[Mapping[str, Any]] | None = None,
         options: int = 7,

@@ -18,7 +18,7 @@ from hf_logits.costs import relative_cost
 from hf_logits.metrics import module
 
 
-def chosen_by(rows: Sequence[Sequence[float]]) -> Float64[ndarray, "B T"]:
+def chosen_by(rows: Sequence[Sequence[int | float]]) -> Float64[ndarray, "B T"]:
     """The rows as an array: 1 where the large model chose, 0 where the small one did, NaN behind the end."""
     given = [np.asarray(row, dtype=np.float64) for row in rows]
     found = np.full((len(given), max(map(len, given), default=0)), np.nan)
@@ -45,7 +45,7 @@ def readings(
 
 
 def steering_cost(
-    rows: Sequence[Sequence[float]],
+    rows: Sequence[Sequence[int | float]],
     *,
     small: int | float,
     large: int | float,
@@ -86,6 +86,7 @@ def steering_cost(
         ValueError: a row with other values, or that goes on behind a NaN; sizes that are not above 0; prompts that are not one a
             row or below 0; an unknown `runs`, `timing` or `start`.
     """
+    small, large = float(small), float(large)
     check_number("small", small, minimum=0.0, above=True)
     check_number("large", large, minimum=0.0, above=True)
     check_choice("runs", runs, "both", "active")
@@ -119,7 +120,7 @@ def steering_cost(
         paper = ("share", "relative_cost", "saved", "relative_cost_here", "relative_flops_without_catch_up")
         notes |= dict.fromkeys(paper, "there are no tokens")
     share = by_large / tokens if tokens else math.nan
-    cost = relative_cost(share, small=float(small), large=float(large))
+    cost = relative_cost(share, small=small, large=large)
     here = small / large + share
     if runs == "active" and tokens:
         here = (small / large * forwards["small"] + forwards["large"]) / steps
@@ -164,7 +165,7 @@ class SteeringCost(module.LogitMetric):
 
     def measure(
         self,
-        predictions: list[list[float]],
+        predictions: list[list[int | float]],
         small: int | float,
         large: int | float,
         references: list[int] | None = None,
