@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, pipeline, set_seed
 from transformers.utils import logging
 
+from hf_logits.ngrams import distinct
 from hf_logits.processors import (
     DynamicFusionLogitsProcessor,
     EntropyAdaptiveLogitsProcessor,
@@ -189,17 +190,11 @@ def steer(stage: Stage) -> None:
     beside("\n".join(plain.texts), "\n".join(steered.texts), "plain samples", "STEER samples")
     for name, said in (("plain", plain), ("STEER", steered)):
         tqdm.write(
-            f"  {name}: {distinct(said.texts):.0%} of its words are distinct, {overlap(said.texts, before):.0%} of its word pairs are in the negatives"
+            f"  {name}: {distinct([text.lower().split() for text in said.texts], 1):.0%} of its words are distinct, {overlap(said.texts, before):.0%} of its word pairs are in the negatives"
         )
     costs(processor, plain, steered)
     draw(stage, "steer", "STEER: pushed away from earlier samples", steered.pieces, processor.stats.trace)
     explain("The model reads the earlier samples as a second context, and what they make likely becomes less so.")
-
-
-def distinct(texts: Sequence[str]) -> float:
-    """Distinct-1: of all words, the share that is different."""
-    words = [word for text in texts for word in text.lower().split()]
-    return len(set(words)) / max(len(words), 1)
 
 
 def overlap(texts: Sequence[str], negatives: Sequence[str]) -> float:

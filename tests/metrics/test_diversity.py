@@ -1,13 +1,14 @@
 import math
 from itertools import combinations
 
+import evaluate
 import numpy as np
 import pytest
 import torch
 
 import tiny
 from hf_logits.hidden import embed_texts
-from hf_logits.metrics import Diversity
+from hf_logits.metrics import DialogueCoherence, Diversity
 from hf_logits.metrics.diversity import diversity, histograms, normalized_ngrams
 from hf_logits.metrics.embeddings import mauve
 from preferences import tokenizer
@@ -179,3 +180,12 @@ def test_counts_that_are_none_have_no_area():
     assert math.isnan(mauve(np.array([0, 0]), np.array([1, 0])))
     with pytest.raises(ValueError, match="must not be below 0"):
         mauve(np.array([1, 1]), np.array([-1, 2]))
+
+
+def test_combined_with_another():
+    both = evaluate.combine([Diversity(keep_in_memory=True), DialogueCoherence(keep_in_memory=True)])
+    found = both.compute(
+        predictions=MADE, references=REAL, max_n=3, scorer=lambda contexts, responses: [1.0, 2.0, 6.0]
+    )
+    assert found["mean"] == 3 and found["distinct_3"] == diversity(MADE, max_n=3)["distinct_3"]
+    assert "distinct_4" not in found

@@ -14,11 +14,12 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from common import continue_prompts, distinct, interval, mean, parser, perplexity, table
+from common import continue_prompts, interval, mean, parser, perplexity, table
 from matplotlib import pyplot as plt
 from sentiment import judged_by_classifier, judged_by_lexicon, sentences
 from smollm2 import load
 
+from hf_logits.ngrams import distinct
 from hf_logits.processors import GeDiLogitsProcessor
 
 
