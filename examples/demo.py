@@ -34,6 +34,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from transformers.utils import logging
 
 from hf_logits.fewer_layers import keep_layers
+from hf_logits.ngrams import distinct
 from hf_logits.processors import (
     DynamicFusionLogitsProcessor,
     EntropyAdaptiveLogitsProcessor,
@@ -223,7 +224,7 @@ def steer(stage: Stage) -> None:
     beside("\n".join(plain.texts), "\n".join(steered.texts), "the expert", "STEER")
     for name, said in (("expert", plain), ("STEER", steered)):
         tqdm.write(
-            f"  {name}: {distinct(said.texts):.0%} of its words are distinct, {overlap(said.texts, before):.0%} of its word pairs are in the negatives"
+            f"  {name}: {distinct([text.lower().split() for text in said.texts], 1):.0%} of its words are distinct, {overlap(said.texts, before):.0%} of its word pairs are in the negatives"
         )
     costs(processor, plain, steered)
     draw(
@@ -237,12 +238,6 @@ def steer(stage: Stage) -> None:
         "The expert's own base says what every text has in common, and the expert itself, having read the earlier samples, what has been "
         "said: both become less likely."
     )
-
-
-def distinct(texts: Sequence[str]) -> float:
-    """Distinct-1: of all words, the share that is different."""
-    words = [word for text in texts for word in text.lower().split()]
-    return len(set(words)) / max(len(words), 1)
 
 
 def overlap(texts: Sequence[str], negatives: Sequence[str]) -> float:

@@ -1,10 +1,10 @@
-"""Ridge regression from sums that are streamed, where some targets lack labels; and rank correlation."""
+"""Ridge regression from sums that are streamed, where some targets lack labels."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -133,19 +133,3 @@ def fit_ridge(
     columns = torch.arange(len(names))
     chosen = torch.tensor(list(penalties), dtype=torch.float64)[best]
     return RidgeFit(candidates[best, columns].float(), chosen, errors[best, columns])
-
-
-def average_ranks(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Ranks from 1; equal values share the mean of theirs."""
-    inverse: Integer[Tensor, " N"]
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
-
-
-def spearman(first: Float[Tensor, " N"], second: Float[Tensor, " N"]) -> float:
-    """Rank correlation. NaN if either is constant."""
-    ranks = torch.stack([average_ranks(first), average_ranks(second)])
-    centered = ranks - ranks.mean(-1, keepdim=True)
-    norms = centered.norm(dim=-1)
-    return (centered[0] @ centered[1] / (norms[0] * norms[1])).item()

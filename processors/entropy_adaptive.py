@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from hf_logits.auxiliary import AuxiliaryLM, Context, EngineStats
 from hf_logits.checks import check_choice, check_count, check_per_row
+from hf_logits.costs import relative_cost
 from hf_logits.logits import entropy, row_column
 from hf_logits.prefix import Step
 from hf_logits.processing import AuxiliaryLogitsProcessor, Model
@@ -41,11 +42,6 @@ def switch(
     """
     changed = ((mean_entropy > threshold) != large) & (stay >= min_stay)
     return large ^ changed, stay.masked_fill(changed, 0.0)
-
-
-def relative_cost(share: float, *, small: float, large: float) -> float:
-    """The paper's cost: active parameters a token, relative to the large model alone, catch-up not charged."""
-    return (share * large + (1.0 - share) * small) / large
 
 
 @dataclass

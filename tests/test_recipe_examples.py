@@ -135,20 +135,6 @@ def test_the_expert_in_reviews(examples, small, tmp_path, monkeypatch, capsys):
     assert "nan" not in text and (output / "tradeoff.png").is_file()
 
 
-def test_texts_that_are_alike(examples):
-    pytest.importorskip("vaderSentiment")
-    domains = examples("domains")
-    same = [[1, 2, 3, 4, 5]] * 3
-    assert domains.self_bleu(same) == pytest.approx(1.0)
-    # the second shares its first three tokens, two pairs and a triple with the first: 3/4, 2/3, 1/2, no match of 1
-    found = domains.self_bleu([[1, 2, 3, 4], [1, 2, 3, 9]])
-    assert found == pytest.approx((3 / 4 * 2 / 3 * 1 / 2 * 0.1) ** 0.25)
-    # a token that a text repeats counts as often as another text has it; the shorter one pays for its length
-    found = domains.self_bleu([[1, 1], [1, 2, 3]], order=1)
-    assert found == pytest.approx((1 / 2 * 2.718281828459045 ** (1 - 3 / 2) + 1 / 3) / 2)
-    assert domains.self_bleu([[], [1]]) == pytest.approx(0.05)
-
-
 @pytest.mark.slow
 def test_leads(examples, small, tmp_path, monkeypatch, capsys):
     pytest.importorskip("vaderSentiment")

@@ -1,12 +1,11 @@
-"""Ridge regression from streamed sums, and rank correlation, against the direct ways."""
+"""Ridge regression from streamed sums, against the direct ways."""
 
 import math
 
 import pytest
 import torch
-from scipy import stats
 
-from hf_logits.ridge import RidgeStatistics, average_ranks, fit_ridge, spearman
+from hf_logits.ridge import RidgeStatistics, fit_ridge
 
 
 OBJECTIVES = ["help", "truth", "verbosity"]
@@ -75,11 +74,3 @@ def test_ratings_that_cannot_be_fit(batches, match):
         fit_ridge(batches, names=OBJECTIVES)
     with pytest.raises(ValueError, match="validation_fraction"):
         fit_ridge(batches, names=OBJECTIVES, validation_fraction=1.0)
-
-
-def test_ranks_with_ties():
-    values = torch.tensor([3.0, 1.0, 3.0, 2.0])
-    assert average_ranks(values).tolist() == stats.rankdata(values).tolist()
-    other = torch.tensor([1.0, 1.0, 5.0, 2.0])
-    assert spearman(values, other) == pytest.approx(stats.spearmanr(values, other).statistic)
-    assert math.isnan(spearman(values, torch.ones(4)))

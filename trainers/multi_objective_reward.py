@@ -16,8 +16,9 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, logging
 
+from hf_logits.correlation import spearman
 from hf_logits.reply import pattern_position
-from hf_logits.ridge import RidgeFit, spearman
+from hf_logits.ridge import RidgeFit
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +64,8 @@ def fit_shares(
         for share in sorted(grid):
             # Constant: independent of everything.
             debiased = rewards[:, objective] - share * long
-            if debiased.min() == debiased.max() or spearman(debiased, long) <= threshold:
+            ranked = (values.double().cpu().numpy() for values in (debiased, long))
+            if debiased.min() == debiased.max() or spearman(*ranked) <= threshold:
                 shares[objective] = share
                 break
         else:

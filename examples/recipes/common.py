@@ -150,12 +150,6 @@ def perplexity(
     return math.exp(-total / max(1, sum(map(len, continuations))))
 
 
-def distinct(texts: Sequence[list[int]], n: int) -> float:
-    """Different n-grams over all n-grams, none across texts."""
-    grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
-
-
 def interval(
     values: Sequence[float], statistic: Callable[[list[float]], float], *, draws: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:

@@ -1,9 +1,7 @@
 """Kinds of text, parted once and for all: film reviews are the domain to stay in; a judge that no recipe learns from tells the kinds apart."""
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import cache
-from math import exp, log
 
 from common import tenth
 from rated_sentences import rated_sentences
@@ -48,39 +46,3 @@ def classifier() -> Pipeline:
 def judged(written: Sequence[str]) -> list[str]:
     """The kind that each text looks like."""
     return [str(kind) for kind in classifier().predict(list(written))]
-
-
-def self_bleu(written: Sequence[Sequence[int]], order: int = 4) -> float:
-    """How much the texts are alike: the mean BLEU of each against all others, from 0 to 1. Needs two texts or more.
-
-    Orders 1 to `order` count alike; an order without a match counts as a tenth of one, one that the text is too short for does not
-    count.
-    """
-    longest = Counter(map(len, written))
-    counts = [[Counter(_grams(text, n)) for n in range(1, order + 1)] for text in written]
-    best: dict[tuple[int, ...], list[int]] = defaultdict(lambda: [0, 0])  # the two largest counts in one text
-    for own in counts:
-        for grams in own:
-            for gram, count in grams.items():
-                best[gram] = sorted([*best[gram], count])[1:]
-    scores = []
-    for text, own in zip(written, counts, strict=True):
-        precisions = []
-        for grams in own:
-            total = sum(grams.values())
-            # what the others have at most: the second largest count, where the largest is this text's own
-            others = {
-                gram: best[gram][0] if count == best[gram][1] else best[gram][1] for gram, count in grams.items()
-            }
-            matches = sum(min(count, others[gram]) for gram, count in grams.items())
-            if total:
-                precisions.append(log(max(matches, 0.1) / total))
-        lengths = longest - Counter([len(text)])
-        nearest = min(lengths, key=lambda length: (abs(length - len(text)), length))
-        brevity = min(0.0, 1 - nearest / len(text)) if text else 0.0
-        scores.append(exp(brevity + sum(precisions) / len(precisions)) if precisions else 0.0)
-    return sum(scores) / len(scores)
-
-
-def _grams(text: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    return [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]

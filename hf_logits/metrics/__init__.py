@@ -10,14 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_logits.metrics.calibration_error import CalibrationError
+    from hf_logits.metrics.dialogue_coherence import DialogueCoherence
+    from hf_logits.metrics.diversity import Diversity
+    from hf_logits.metrics.personality import Personality
+    from hf_logits.metrics.steering_cost import SteeringCost
 
 __all__ = [
     "CalibrationError",
+    "DialogueCoherence",
+    "Diversity",
+    "Personality",
+    "SteeringCost",
     "script",
 ]
 
 _HOMES = {
     "CalibrationError": "hf_logits.metrics.calibration_error",
+    "DialogueCoherence": "hf_logits.metrics.dialogue_coherence",
+    "Diversity": "hf_logits.metrics.diversity",
+    "Personality": "hf_logits.metrics.personality",
+    "SteeringCost": "hf_logits.metrics.steering_cost",
 }
 
 

@@ -13,6 +13,14 @@ from hf_logits import metrics
 
 METRICS: dict[str, dict[str, Any]] = {
     "CalibrationError": {"predictions": [0.9, 0.6, 0.8], "references": [1, 0, 1]},
+    "DialogueCoherence": {
+        "predictions": ["Fine, thanks.", "No."],
+        "references": ["How are you?", "Is it raining?"],
+        "scorer": lambda contexts, responses: [len(response) / 10 for response in responses],
+    },
+    "Diversity": {"predictions": ["a cat sat", "a dog sat", "a dog"]},
+    "Personality": {"predictions": [[60.0, 50.0], [64.0, 52.0]], "references": ["men", "men"]},
+    "SteeringCost": {"predictions": [[0.0, 1.0, 1.0], [0.0, 0.0]], "small": 1.0, "large": 4.0},
 }
 """Inputs of each, with the options that it needs."""
 

@@ -13,8 +13,9 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 import preferences
 import tiny
 from hf_logits.completions import conversation_text
+from hf_logits.correlation import spearman
 from hf_logits.reply import pattern_position, reply_pattern
-from hf_logits.ridge import fit_ridge, spearman
+from hf_logits.ridge import fit_ridge
 from hf_logits.trainers import (
     MultiObjectiveGateConfig,
     MultiObjectiveGateTrainer,
@@ -93,9 +94,9 @@ def test_as_little_verbosity_as_needed_is_taken_off():
     rewards = torch.stack([0.3 * verbosity + 0.5 * noise, noise - verbosity, verbosity], dim=-1)
     shares = fit_shares(rewards, 2)
     assert shares.tolist() == pytest.approx([0.3, 0.0, 1.0], abs=0.051)
-    assert spearman(rewards[:, 0] - shares[0] * verbosity, verbosity) <= 0.028
+    assert spearman((rewards[:, 0] - shares[0] * verbosity).numpy(), verbosity.numpy()) <= 0.028
     before = SHARES[SHARES.index(pytest.approx(shares[0].item())) - 1]
-    assert spearman(rewards[:, 0] - before * verbosity, verbosity) > 0.028
+    assert spearman((rewards[:, 0] - before * verbosity).numpy(), verbosity.numpy()) > 0.028
     assert len(SHARES) == 24
 
 

@@ -17,7 +17,6 @@ import torch
 from common import (
     BATCH_SIZE,
     continue_prompts,
-    distinct,
     log_likelihoods_of_ids,
     mean,
     models,
@@ -29,6 +28,7 @@ from common import (
 from matplotlib import pyplot as plt
 from sentiment import judged_by_classifier, judged_by_lexicon, sentences
 
+from hf_logits.ngrams import distinct
 from hf_logits.processors import GeDiLogitsProcessor
 
 

@@ -20,11 +20,12 @@ from typing import NamedTuple
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from common import distinct, log_likelihoods, mean, models, parser, table
-from domains import FILMS, PROMPT, films, judged, self_bleu, texts
+from common import log_likelihoods, mean, models, parser, table
+from domains import FILMS, PROMPT, films, judged, texts
 from matplotlib import pyplot as plt
 from transformers import set_seed
 
+from hf_logits.ngrams import distinct, self_bleu
 from hf_logits.processors import NegativePool, SteerLogitsProcessor
 
 
@@ -129,7 +130,7 @@ def score(expert, tokenizer, rows: Sequence[list[int]], budget: int, options) ->
         length=mean([len(row) for row in rows]),
         judged=mean([float(kind == FILMS) for kind in kinds]),
         distinct=distinct(until(rows, budget), 3),
-        self_bleu=self_bleu(rows),
+        self_bleu=mean(self_bleu([row for row in rows if row])),
         ended=mean([float(len(row) < options.tokens) for row in rows]),
     )
 

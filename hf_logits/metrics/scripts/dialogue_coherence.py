@@ -1,0 +1,1 @@
+from hf_logits.metrics.dialogue_coherence import DialogueCoherence  # noqa: F401

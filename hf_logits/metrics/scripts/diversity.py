@@ -1,0 +1,1 @@
+from hf_logits.metrics.diversity import Diversity  # noqa: F401

@@ -1,0 +1,1 @@
+from hf_logits.metrics.personality import Personality  # noqa: F401
