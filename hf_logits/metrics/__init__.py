@@ -10,14 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_logits.metrics.calibration_error import CalibrationError
+    from hf_logits.metrics.judge_position import JudgePosition
+    from hf_logits.metrics.judges import judge_by_log_probs, judge_by_samples
+    from hf_logits.metrics.open_set import OpenSet, open_set_inputs
+    from hf_logits.metrics.refusal_rate import RefusalRate
+    from hf_logits.metrics.sycophancy import Sycophancy
 
 __all__ = [
     "CalibrationError",
+    "JudgePosition",
+    "OpenSet",
+    "RefusalRate",
+    "Sycophancy",
+    "judge_by_log_probs",
+    "judge_by_samples",
+    "open_set_inputs",
     "script",
 ]
 
 _HOMES = {
     "CalibrationError": "hf_logits.metrics.calibration_error",
+    "JudgePosition": "hf_logits.metrics.judge_position",
+    "OpenSet": "hf_logits.metrics.open_set",
+    "RefusalRate": "hf_logits.metrics.refusal_rate",
+    "Sycophancy": "hf_logits.metrics.sycophancy",
+    "judge_by_log_probs": "hf_logits.metrics.judges",
+    "judge_by_samples": "hf_logits.metrics.judges",
+    "open_set_inputs": "hf_logits.metrics.open_set",
 }
 
 
