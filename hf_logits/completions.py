@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_logits.checks import check_count
+from hf_logits.prompts import pad_id, pad_left
 
 
 Messages = list[dict[str, Any]]
@@ -78,14 +79,6 @@ def sample_completions(
     return sampled
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills a batch up: that of the pad token, or of the end."""
-    token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if token is None:
-        raise ValueError("The tokenizer has neither a pad nor an eos token; set tokenizer.pad_token.")
-    return token
-
-
 def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> list[int]:
     """A prompt as ids, up to where the answer begins."""
     # The chat template writes the special tokens itself.
@@ -103,14 +96,6 @@ def _chat_prompt(messages: Messages, tokenizer: PreTrainedTokenizerBase, **templ
         raise ValueError(f"The last message of a prompt is from the user, a tool or the assistant, not from {role!r}.")
     options = {"add_generation_prompt": role != "assistant", "continue_final_message": role == "assistant"}
     return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options, **template_kwargs))
-
-
-def pad_left(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids as `[B, L]` ids, filled up in front, and their attention mask."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
 
 
 @torch.no_grad()
@@ -139,7 +124,7 @@ def first_token_logits(
     given = [{}] * len(prompts) if template_kwargs is None else template_kwargs
     rows = [prompt_ids(prompt, tokenizer, **own) for prompt, own in zip(prompts, given, strict=True)]
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-    options = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    options: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     options |= {"pad_token_id": pad_id(tokenizer), "return_dict_in_generate": True}
     # "logits" are the model's own; "scores" are behind all processors, those of its generation config too
     kept = "logits" if logits_processor is None else "scores"

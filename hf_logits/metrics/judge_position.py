@@ -100,7 +100,8 @@ def judge_position(
     judged, means, votes = _read(first_order, second_order, swapped_back, unbalanced)
     alone = [verdicts(means[:, order]) for order in (0, 1)]
     final = [VERDICTS[one] for one in verdicts(means.mean(1))]
-    doubts = np.array([entropy(row.mean(0)) for row in votes])
+    # rounded, so that equal ones are equal
+    doubts = np.array([round(entropy(row.mean(0)), 12) for row in votes])
     most = set(np.argsort(-doubts, kind="stable")[: math.ceil(review * len(judged) - 1e-9)].tolist())
     # the candidate that is shown first wins: A in the first order, B in the second
     shown = (votes[:, 0] + votes[:, 1, ::-1]) / 2

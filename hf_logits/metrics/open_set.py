@@ -82,7 +82,7 @@ def oscr_as_published(scores: np.ndarray, right: np.ndarray, unknown: np.ndarray
     ccr = np.append(known[::-1].cumsum()[::-1][1:], [0.0, 0.0, len(scores)]) / len(scores)
     fpr = np.append(strange[::-1].cumsum()[::-1][:-1], [0.0, 0.0, len(unknown)]) / len(unknown)
     points = np.array(sorted(zip(fpr, ccr, strict=True), reverse=True))
-    return float(-(np.diff(points[:, 0]) * (points[1:, 1] + points[:-1, 1]) / 2).sum())
+    return float(-(np.diff(points[:, 0]) * (points[1:, 1] + points[:-1, 1]) / 2).sum()) + 0.0
 
 
 def average_precision(positive: np.ndarray, negative: np.ndarray) -> float:

@@ -7,7 +7,7 @@ apology), and classifiers that were trained on one model's refusals miss another
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,7 +97,7 @@ def corrected_rate(rate: float, sensitivity: float, specificity: float) -> float
 
 def refusal_rate(
     probabilities: Sequence[float] | np.ndarray,
-    categories: Sequence[str] | None = None,
+    categories: Sequence[Any] | None = None,
     references: Sequence[int] | None = None,
     *,
     threshold: float = 0.5,

@@ -13,6 +13,19 @@ from hf_logits import metrics
 
 METRICS: dict[str, dict[str, Any]] = {
     "CalibrationError": {"predictions": [0.9, 0.6, 0.8], "references": [1, 0, 1]},
+    "JudgePosition": {
+        "predictions1": [[[9.0, 7.0], [8.0, 7.0]], [[3.0, 4.0]], []],
+        "predictions2": [[[7.0, 8.0], [7.0, 7.0]], [[3.0, 4.0]], []],
+        "swapped_back": True,
+    },
+    "OpenSet": {"predictions": [0, 1, 1, 0], "scores": [3.0, 1.0, 2.0, 2.0], "references": [0, -1, 0, -1]},
+    "RefusalRate": {"predictions": ["I can't do that.", "Sure.", ""], "threshold": 0.5},
+    "Sycophancy": {
+        "predictions1": ["yes", "no", "yes", "no"],
+        "predictions2": ["yes", "yes", "no", "no"],
+        "references": ["yes", "no", "yes", "no"],
+        "leads": ["yes", "yes", "no", "no"],
+    },
 }
 """Inputs of each, with the options that it needs."""
 
