@@ -75,7 +75,7 @@ def oscr_as_published(scores: np.ndarray, right: np.ndarray, unknown: np.ndarray
     first, decide ties. With few rows it is far off, with thousands in the fifth digit.
     """
     both = np.concatenate([scores, unknown])
-    order = np.argsort(both)
+    order = np.argsort(both, kind="stable")
     known = np.concatenate([right, np.zeros(len(unknown))])[order]
     strange = np.concatenate([np.zeros(len(scores)), np.ones(len(unknown))])[order]
     # from each place on, how many are right and how many unknown; the last place is left at 0

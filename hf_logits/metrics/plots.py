@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+Shares = Mapping[str, float | int] | Sequence[float | int]
+
+
 def _axes(axes: Any) -> Any:
     """The axes to draw on; with none given those of a new figure."""
     if axes is not None:
@@ -45,8 +48,8 @@ def reliability_diagram(result: Mapping[str, Any], *, axes: Any = None, label: s
 
 
 def position_histogram(
-    chosen: Mapping[str, float] | Sequence[float],
-    expected: Mapping[str, float] | Sequence[float] | None = None,
+    chosen: Shares,
+    expected: Shares | None = None,
     *,
     axes: Any = None,
 ) -> Any:
@@ -77,7 +80,7 @@ def position_histogram(
     return axes
 
 
-def _shares(what: str, values: Mapping[str, float] | Sequence[float]) -> dict[str, float]:
+def _shares(what: str, values: Shares) -> dict[str, float]:
     named = dict(values) if isinstance(values, Mapping) else {str(place): one for place, one in enumerate(values)}
     total = sum(named.values())
     if len(named) < 2 or not math.isfinite(total) or total <= 0 or min(named.values()) < 0:

@@ -118,7 +118,7 @@ def test_abstentions() -> None:
 def test_people_review_the_rows_with_most_entropy() -> None:
     sure, unsure = [(2.0, 1.0)] * 2, [(2.0, 1.0), (1.0, 2.0)]
     rows = [sure, unsure, sure, unsure, sure]
-    for review, expected in ((0, []), (0.2, [1]), (0.4, [1, 3]), (0.41, [0, 1, 3]), (1, [0, 1, 2, 3, 4])):
+    for review, expected in ((0.0, []), (0.2, [1]), (0.4, [1, 3]), (0.41, [0, 1, 3]), (1.0, [0, 1, 2, 3, 4])):
         found = judge_position(rows, rows, swapped_back=True, review=review)
         assert found["review_indices"] == expected
     said = ["win", "lose", "lose", "tie", "win"]

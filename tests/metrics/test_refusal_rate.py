@@ -133,14 +133,15 @@ def test_a_pipeline_of_a_tiny_classifier() -> None:
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification, pipeline
 
-    import tiny
     from oracles import word_tokenizer
 
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
         num_labels=3, id2label={0: "answer", 1: "refusal", 2: "other"},
     )  # fmt: skip
-    model, tokenizer = tiny.spread(LlamaForSequenceClassification(config), 0), word_tokenizer(["no"])
+    torch.manual_seed(0)
+    model, tokenizer = LlamaForSequenceClassification(config).eval(), word_tokenizer(["no"])
+    model.score.weight.data.normal_()
     texts = ["no no w5", "w9 no", "w7 w8 w30 w11"]
     classifier = by_pipeline(
         pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu"), "refusal"
