@@ -80,7 +80,7 @@ def judge_by_log_probs(
     much as the other (ours).
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): the judge.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): the judge, which had better not be one of the candidates.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the judge.
         questions, first, second (`list[str]`): of each pair the question, and the answers of both candidates.
         template (`str`, *optional*): with `{question}`, `{first}` and `{second}`; the verdict is the next token.
