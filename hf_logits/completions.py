@@ -1,13 +1,15 @@
 """Prompts and completions as TRL knows them, plain text or lists of messages: drawn from a model, or joined to one text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import apply_chat_template
 
 from hf_logits.checks import check_count
+from hf_logits.prompts import pad_id, pad_left
 
 
 Messages = list[dict[str, Any]]
@@ -27,7 +29,7 @@ def conversation_text(
             f"Prompt and completion must both be text or both be lists of messages; got {type(prompt).__name__} and "
             f"{type(completion).__name__}."
         )
-    return apply_chat_template({"messages": prompt + completion}, tokenizer, **template_kwargs)["text"]
+    return cast(str, tokenizer.apply_chat_template(prompt + completion, tokenize=False, **template_kwargs))
 
 
 @torch.no_grad()
@@ -77,32 +79,65 @@ def sample_completions(
     return sampled
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills a batch up: that of the pad token, or of the end."""
-    token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if token is None:
-        raise ValueError("The tokenizer has neither a pad nor an eos token; set tokenizer.pad_token.")
-    return token
-
-
 def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> list[int]:
     """A prompt as ids, up to where the answer begins."""
     # The chat template writes the special tokens itself.
     chat = not isinstance(prompt, str)
-    text = (
-        apply_chat_template({"prompt": prompt}, tokenizer, **template_kwargs)["prompt"]
-        if not isinstance(prompt, str)
-        else prompt
-    )
+    text = _chat_prompt(prompt, tokenizer, **template_kwargs) if not isinstance(prompt, str) else prompt
     ids = tokenizer(text=text, add_special_tokens=not chat)["input_ids"]
     if not ids:
         raise ValueError(f"A prompt must have at least one token; got {prompt!r}.")
     return ids
 
 
-def pad_left(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids as `[B, L]` ids, filled up in front, and their attention mask."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
+def _chat_prompt(messages: Messages, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> str:
+    role = messages[-1]["role"]
+    if role not in ("user", "tool", "assistant"):
+        raise ValueError(f"The last message of a prompt is from the user, a tool or the assistant, not from {role!r}.")
+    options = {"add_generation_prompt": role != "assistant", "continue_final_message": role == "assistant"}
+    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options, **template_kwargs))
+
+
+@torch.no_grad()
+def first_token_logits(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int = 8,
+    template_kwargs: Sequence[Mapping[str, Any]] | None = None,
+    logits_processor: Sequence[Any] | None = None,
+) -> Iterator[tuple[list[int], Float[Tensor, "B V"]]]:
+    """Batches of prompts' places and the logits of the first token of their answers, in float32.
+
+    They are what `generate` sees: padding is on the left and changes nothing.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): is put into eval mode until the last batch.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): needs a chat template if the prompts are messages.
+        prompts: texts, or messages up to the answer.
+        batch_size (`int`, *optional*, defaults to `8`): prompts in a forward; those of like length share one.
+        template_kwargs: what the chat template gets, for each prompt.
+        logits_processor (*optional*): what changes the logits, as in `generate`. By default nothing does.
+    """
+    check_count("batch_size", batch_size, minimum=1)
+    given = [{}] * len(prompts) if template_kwargs is None else template_kwargs
+    rows = [prompt_ids(prompt, tokenizer, **own) for prompt, own in zip(prompts, given, strict=True)]
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    options: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    options |= {"pad_token_id": pad_id(tokenizer), "return_dict_in_generate": True}
+    # "logits" are the model's own; "scores" are behind all processors, those of its generation config too
+    kept = "logits" if logits_processor is None else "scores"
+    options |= {f"output_{kept}": True}
+    if logits_processor is not None:
+        options |= {"logits_processor": list(logits_processor)}
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            ids, mask = pad_left([rows[place] for place in places], pad_id(tokenizer))
+            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options)
+            yield places, out[kept][0].float()
+    finally:
+        model.train(training)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_logits.checks import check_choice, check_count, check_number
-from hf_logits.completions import Prompt, pad_id, pad_left, prompt_ids
+from hf_logits.checks import check_choice, check_number
+from hf_logits.completions import Prompt, first_token_logits
 from hf_logits.preferences import require_columns
 from hf_logits.refusal import RefusalTokens
 from hf_logits.roc import (
@@ -136,7 +136,6 @@ def _by_name(kind: str, wanted: Any, names: Mapping[str, Any]) -> dict[str, floa
     return wanted
 
 
-@torch.no_grad()
 def refusal_probabilities(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -161,32 +160,17 @@ def refusal_probabilities(
         template_kwargs: what the chat template gets, for each prompt.
     """
     check_number("softmax_temperature", softmax_temperature, minimum=0.0, above=True)
-    check_count("batch_size", batch_size, minimum=1)
     refusing = tokens.ids(tokenizer)[:-1]
-    given = [{}] * len(prompts) if template_kwargs is None else template_kwargs
-    rows = [prompt_ids(prompt, tokenizer, **own) for prompt, own in zip(prompts, given, strict=True)]
-    # Rows of like length share a batch.
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-    found = torch.empty(len(rows), len(refusing))
-    options = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-    options |= {"pad_token_id": pad_id(tokenizer), "return_dict_in_generate": True, "output_logits": True}
-    training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            ids, mask = pad_left([rows[place] for place in places], pad_id(tokenizer))
-            generate = cast(Any, model).generate
-            out = generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options)
-            probs = (out.logits[0].float() / softmax_temperature).softmax(-1)
-            if max(refusing) >= probs.shape[-1]:
-                raise ValueError(
-                    f"The refusal tokens have the ids {refusing}, the model only {probs.shape[-1]} logits: call add_refusal_tokens "
-                    "on the base model first."
-                )
-            found[places] = probs[:, refusing].cpu()
-    finally:
-        model.train(training)
+    found = torch.empty(len(prompts), len(refusing))
+    for places, logits in first_token_logits(
+        model, tokenizer, prompts, batch_size=batch_size, template_kwargs=template_kwargs
+    ):
+        if max(refusing) >= logits.shape[-1]:
+            raise ValueError(
+                f"The refusal tokens have the ids {refusing}, the model only {logits.shape[-1]} logits: call add_refusal_tokens "
+                "on the base model first."
+            )
+        found[places] = (logits / softmax_temperature).softmax(-1)[:, refusing].cpu()
     return found
 
 

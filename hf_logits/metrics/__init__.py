@@ -12,15 +12,27 @@ if TYPE_CHECKING:
     from hf_logits.metrics.calibration_error import CalibrationError
     from hf_logits.metrics.dialogue_coherence import DialogueCoherence
     from hf_logits.metrics.diversity import Diversity
+    from hf_logits.metrics.judge_position import JudgePosition
+    from hf_logits.metrics.judges import judge_by_log_probs, judge_by_samples
+    from hf_logits.metrics.open_set import OpenSet, open_set_inputs
     from hf_logits.metrics.personality import Personality
+    from hf_logits.metrics.refusal_rate import RefusalRate
     from hf_logits.metrics.steering_cost import SteeringCost
+    from hf_logits.metrics.sycophancy import Sycophancy
 
 __all__ = [
     "CalibrationError",
     "DialogueCoherence",
     "Diversity",
+    "JudgePosition",
+    "OpenSet",
     "Personality",
+    "RefusalRate",
     "SteeringCost",
+    "Sycophancy",
+    "judge_by_log_probs",
+    "judge_by_samples",
+    "open_set_inputs",
     "script",
 ]
 
@@ -28,8 +40,15 @@ _HOMES = {
     "CalibrationError": "hf_logits.metrics.calibration_error",
     "DialogueCoherence": "hf_logits.metrics.dialogue_coherence",
     "Diversity": "hf_logits.metrics.diversity",
+    "JudgePosition": "hf_logits.metrics.judge_position",
+    "OpenSet": "hf_logits.metrics.open_set",
     "Personality": "hf_logits.metrics.personality",
+    "RefusalRate": "hf_logits.metrics.refusal_rate",
     "SteeringCost": "hf_logits.metrics.steering_cost",
+    "Sycophancy": "hf_logits.metrics.sycophancy",
+    "judge_by_log_probs": "hf_logits.metrics.judges",
+    "judge_by_samples": "hf_logits.metrics.judges",
+    "open_set_inputs": "hf_logits.metrics.open_set",
 }
 
 

@@ -4,7 +4,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsFloat
 
 import datasets
 import evaluate
@@ -49,9 +49,9 @@ class LogitMetric(evaluate.Metric):
         return self.measure(**{key: value for key, value in inputs.items() if key in known})
 
 
-def ratio(numerator: float, denominator: float, key: str, reason: str, notes: Notes) -> float:
+def ratio(numerator: SupportsFloat, denominator: SupportsFloat, key: str, reason: str, notes: Notes) -> float:
     """A quotient, or NaN with the reason in `notes` where there is nothing to divide by."""
-    if denominator == 0:
+    if float(denominator) == 0:
         notes[key] = reason
         return math.nan
-    return float(numerator / denominator)
+    return float(numerator) / float(denominator)

@@ -64,3 +64,33 @@ def test_no_rows_are_said_to_be_none() -> None:
 def test_bad_input(arguments: tuple, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         calibration_error(*arguments, **options)
+
+
+def test_scikit_learn_agrees() -> None:
+    calibration = pytest.importorskip("sklearn.calibration")
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    confidences, correct = rng.random(500), (rng.random(500) < 0.6).astype(int)
+    for ours, theirs in (("equal_width", "uniform"), ("equal_mass", "quantile")):
+        found = calibration_error(confidences, correct, n_bins=10, scheme=ours)
+        accuracy, confidence = calibration.calibration_curve(correct, confidences, n_bins=10, strategy=theirs)
+        assert [one["accuracy"] for one in found["bins"]] == pytest.approx(accuracy, abs=1e-12)
+        assert [one["confidence"] for one in found["bins"]] == pytest.approx(confidence, abs=1e-12)
+    assert found["brier"] == pytest.approx(metrics.brier_score_loss(correct, confidences), abs=1e-12)
+    assert found["nll"] == pytest.approx(metrics.log_loss(correct, confidences), abs=1e-12)
+    assert found["accuracy"] == correct.mean()
+
+
+def test_ties_share_a_bin_and_edges_are_exact() -> None:
+    # each tenth is the right edge of its own bin, as it is written
+    tenths = [place / 10 for place in range(1, 11)]
+    assert [one["count"] for one in calibration_error(tenths, [1] * 10, n_bins=10)["bins"]] == [1] * 10
+    for scheme in ("equal_width", "equal_mass"):
+        found = calibration_error([0.7] * 6, [1, 1, 1, 0, 0, 0], n_bins=4, scheme=scheme)
+        assert [one["count"] for one in found["bins"]] == [6]
+        assert found["ece"] == pytest.approx(0.2)
+
+
+def test_answers_that_are_all_right_or_all_wrong() -> None:
+    assert calibration_error([0.9, 0.6], [1, 1])["gap"] == pytest.approx(-0.25)
+    assert calibration_error([0.9, 0.6], [0, 0])["ece"] == pytest.approx(0.75)

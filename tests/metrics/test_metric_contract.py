@@ -21,6 +21,19 @@ METRICS: dict[str, dict[str, Any]] = {
     "Diversity": {"predictions": ["a cat sat", "a dog sat", "a dog"]},
     "Personality": {"predictions": [[60.0, 50.0], [64.0, 52.0]], "references": ["men", "men"]},
     "SteeringCost": {"predictions": [[0.0, 1.0, 1.0], [0.0, 0.0]], "small": 1.0, "large": 4.0},
+    "JudgePosition": {
+        "predictions1": [[[9.0, 7.0], [8.0, 7.0]], [[3.0, 4.0]], []],
+        "predictions2": [[[7.0, 8.0], [7.0, 7.0]], [[3.0, 4.0]], []],
+        "swapped_back": True,
+    },
+    "OpenSet": {"predictions": [0, 1, 1, 0], "scores": [3.0, 1.0, 2.0, 2.0], "references": [0, -1, 0, -1]},
+    "RefusalRate": {"predictions": ["I can't do that.", "Sure.", ""], "threshold": 0.5},
+    "Sycophancy": {
+        "predictions1": ["yes", "no", "yes", "no"],
+        "predictions2": ["yes", "yes", "no", "no"],
+        "references": ["yes", "no", "yes", "no"],
+        "leads": ["yes", "yes", "no", "no"],
+    },
 }
 """Inputs of each, with the options that it needs."""
 

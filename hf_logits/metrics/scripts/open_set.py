@@ -1,0 +1,1 @@
+from hf_logits.metrics.open_set import OpenSet  # noqa: F401

@@ -1,0 +1,1 @@
+from hf_logits.metrics.sycophancy import Sycophancy  # noqa: F401
