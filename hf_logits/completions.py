@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import apply_chat_template
 
 from hf_logits.checks import check_count
+from hf_logits.prompts import pad_id, pad_left
 
 
 Messages = list[dict[str, Any]]
@@ -77,14 +78,6 @@ def sample_completions(
     return sampled
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills a batch up: that of the pad token, or of the end."""
-    token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if token is None:
-        raise ValueError("The tokenizer has neither a pad nor an eos token; set tokenizer.pad_token.")
-    return token
-
-
 def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> list[int]:
     """A prompt as ids, up to where the answer begins."""
     # The chat template writes the special tokens itself.
@@ -98,11 +91,3 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **template_kw
     if not ids:
         raise ValueError(f"A prompt must have at least one token; got {prompt!r}.")
     return ids
-
-
-def pad_left(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids as `[B, L]` ids, filled up in front, and their attention mask."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask

@@ -188,3 +188,19 @@ def check_same_tokenizer(main: PreTrainedTokenizerBase, auxiliary: PreTrainedTok
                 f"The tokenizers disagree: id {i} is {ours.get(i)!r} for the main model and {theirs.get(i)!r} for the auxiliary one. "
                 "Logits can only be mixed over one vocabulary: use an auxiliary model of the same family."
             )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills a batch up: that of the pad token, or of the end."""
+    token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if token is None:
+        raise ValueError("The tokenizer has neither a pad nor an eos token; set tokenizer.pad_token.")
+    return token
+
+
+def pad_left(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids as `[B, L]` ids, filled up in front, and their attention mask."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask

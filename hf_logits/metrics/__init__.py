@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_logits.metrics.calibration_error import CalibrationError
+    from hf_logits.metrics.scoring import ChoiceTable, choice_logprobs
 
 __all__ = [
     "CalibrationError",
+    "ChoiceTable",
+    "choice_logprobs",
     "script",
 ]
 
 _HOMES = {
     "CalibrationError": "hf_logits.metrics.calibration_error",
+    "ChoiceTable": "hf_logits.metrics.scoring",
+    "choice_logprobs": "hf_logits.metrics.scoring",
 }
 
 
