@@ -9,19 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from hf_logits.metrics.attentiveness import Attentiveness
     from hf_logits.metrics.calibration_error import CalibrationError
+    from hf_logits.metrics.mcq_chain import McqChain
+    from hf_logits.metrics.position_bias import PositionBias
     from hf_logits.metrics.scoring import ChoiceTable, choice_logprobs
+    from hf_logits.metrics.verbalizer_gap import VerbalizerGap
 
 __all__ = [
+    "Attentiveness",
     "CalibrationError",
     "ChoiceTable",
+    "McqChain",
+    "PositionBias",
+    "VerbalizerGap",
     "choice_logprobs",
     "script",
 ]
 
 _HOMES = {
+    "Attentiveness": "hf_logits.metrics.attentiveness",
     "CalibrationError": "hf_logits.metrics.calibration_error",
     "ChoiceTable": "hf_logits.metrics.scoring",
+    "McqChain": "hf_logits.metrics.mcq_chain",
+    "PositionBias": "hf_logits.metrics.position_bias",
+    "VerbalizerGap": "hf_logits.metrics.verbalizer_gap",
     "choice_logprobs": "hf_logits.metrics.scoring",
 }
 

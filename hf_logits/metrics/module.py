@@ -49,7 +49,7 @@ class LogitMetric(evaluate.Metric):
         return self.measure(**{key: value for key, value in inputs.items() if key in known})
 
 
-def ratio(numerator: float, denominator: float, key: str, reason: str, notes: Notes) -> float:
+def ratio(numerator: float | int, denominator: float | int, key: str, reason: str, notes: Notes) -> float:
     """A quotient, or NaN with the reason in `notes` where there is nothing to divide by."""
     if denominator == 0:
         notes[key] = reason

@@ -12,8 +12,18 @@ from hf_logits import metrics
 from hf_logits.metrics.module import LogitMetric
 
 
+TABLE: dict[str, Any] = {"predictions": [[-0.5, -2.0], [-3.0, -1.0, -2.0], [-1.5, -1.0]], "references": [0, 2, 1]}
 METRICS: dict[str, dict[str, Any]] = {
+    "Attentiveness": TABLE | {"prior_logprobs": [[-1.0, -1.0], [-2.0, -1.0, -3.0], [-0.5, -2.0]]},
     "CalibrationError": {"predictions": [0.9, 0.6, 0.8], "references": [1, 0, 1]},
+    "McqChain": TABLE,
+    "PositionBias": {"predictions": [0, 2, 1], "references": [0, 1, 1], "num_choices": 3},
+    "VerbalizerGap": {
+        "predictions": [0, 1, 1],
+        "references": [0, 1, 0],
+        "verbalizer": ["good|bad", "good|bad", "bad|good"],
+        "group": ["natural", "natural", "unnatural"],
+    },
 }
 """Inputs of each, with the options that it needs."""
 
