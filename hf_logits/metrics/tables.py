@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 
-def fill_rows(rows: Sequence[Any], name: str, *, filler: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
+def fill_rows(rows: Sequence[Any] | np.ndarray, name: str, *, filler: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
     """Rows of unequal length as an array `[N, K]` of floats, filled up on the right, and where it is real."""
     sizes = np.array([len(row) for row in rows], dtype=int)
     real = np.arange(sizes.max(initial=0)) < sizes[:, None]
@@ -19,7 +19,7 @@ def fill_rows(rows: Sequence[Any], name: str, *, filler: float = -np.inf) -> tup
     return values, real
 
 
-def read_logprobs(rows: Sequence[Any], name: str = "predictions") -> tuple[np.ndarray, np.ndarray]:
+def read_logprobs(rows: Sequence[Any] | np.ndarray, name: str = "predictions") -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of at least two choices a row, -inf where there is no choice, and where there is one."""
     values, real = fill_rows(rows, name)
     few = real.sum(1) < 2
@@ -36,7 +36,7 @@ def read_logprobs(rows: Sequence[Any], name: str = "predictions") -> tuple[np.nd
     return np.minimum(values, 0.0), real
 
 
-def read_like(rows: Sequence[Any], real: np.ndarray, name: str) -> np.ndarray:
+def read_like(rows: Sequence[Any] | np.ndarray, real: np.ndarray, name: str) -> np.ndarray:
     """A second table with the rows of the first."""
     sizes = [len(row) for row in rows]
     if sizes != real.sum(1).tolist():

@@ -127,7 +127,7 @@ def verbalizer_gap(
             asked += 1
             meant.append(picked[place] >= 0 and known.index(own[picked[place]]) == gold[place])
     found["prior_following"] = module.ratio(
-        sum(meant), asked, "prior_following", "no unnatural verbalizer has the words of a natural one", notes
+        int(sum(meant)), asked, "prior_following", "no unnatural verbalizer has the words of a natural one", notes
     )
     found["invalid_rate"] = tables.mean(picked < 0)
     if not len(picked):
