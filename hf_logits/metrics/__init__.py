@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_logits.metrics.attentiveness import Attentiveness
     from hf_logits.metrics.calibration_error import CalibrationError
+    from hf_logits.metrics.compute_metrics import as_compute_metrics
+    from hf_logits.metrics.mcq_callback import MCQEvalCallback
     from hf_logits.metrics.mcq_chain import McqChain
     from hf_logits.metrics.position_bias import PositionBias
     from hf_logits.metrics.scoring import ChoiceTable, choice_logprobs
@@ -20,9 +22,11 @@ __all__ = [
     "Attentiveness",
     "CalibrationError",
     "ChoiceTable",
+    "MCQEvalCallback",
     "McqChain",
     "PositionBias",
     "VerbalizerGap",
+    "as_compute_metrics",
     "choice_logprobs",
     "script",
 ]
@@ -31,9 +35,11 @@ _HOMES = {
     "Attentiveness": "hf_logits.metrics.attentiveness",
     "CalibrationError": "hf_logits.metrics.calibration_error",
     "ChoiceTable": "hf_logits.metrics.scoring",
+    "MCQEvalCallback": "hf_logits.metrics.mcq_callback",
     "McqChain": "hf_logits.metrics.mcq_chain",
     "PositionBias": "hf_logits.metrics.position_bias",
     "VerbalizerGap": "hf_logits.metrics.verbalizer_gap",
+    "as_compute_metrics": "hf_logits.metrics.compute_metrics",
     "choice_logprobs": "hf_logits.metrics.scoring",
 }
 

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 
 
-def fill_rows(rows: Sequence[Any] | np.ndarray, name: str, *, filler: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
+def fill_rows(
+    rows: Sequence[Any] | np.ndarray, name: str, *, filler: float = -np.inf
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows of unequal length as an array `[N, K]` of floats, filled up on the right, and where it is real."""
     sizes = np.array([len(row) for row in rows], dtype=int)
     real = np.arange(sizes.max(initial=0)) < sizes[:, None]
