@@ -141,7 +141,7 @@ def _parts(
     """The model, its tokenizer, and all processors in the order in which `generate` calls them."""
     processors = list(given)
     if isinstance(model, Pipeline):
-        processors += (getattr(model, "_forward_params", None) or {}).get("logits_processor") or []
+        processors += model._forward_params.get("logits_processor") or []
         model, tokenizer = model.model, model.tokenizer if tokenizer is None else tokenizer
     processors += steering(model)
     if tokenizer is None:
