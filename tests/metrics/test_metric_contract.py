@@ -75,6 +75,15 @@ def test_options_of_others_are_left_out_and_said(name: str, caplog: pytest.LogCa
     assert "option_of_another" in caplog.text
 
 
+def test_metrics_of_one_table_are_combined() -> None:
+    names = {"mass": metrics.Attentiveness, "chain": metrics.McqChain, "place": metrics.PositionBias}
+    made = {name: one(*["logprobs"] * (name == "place"), keep_in_memory=True) for name, one in names.items()}
+    both = evaluate.combine(made).compute(**TABLE, reduction="mean")
+    alone = metrics.McqChain(keep_in_memory=True).compute(**TABLE, reduction="mean")
+    assert both["brier"] == alone["brier"] and both["chain_accuracy"] == both["mass_accuracy"] == alone["accuracy"]
+    assert "anchored" in both and isinstance(both["mass_notes"], dict)
+
+
 def test_an_unknown_configuration_or_script_is_refused() -> None:
     with pytest.raises(ValueError, match="no configuration 'other'"):
         metrics.CalibrationError("other")
