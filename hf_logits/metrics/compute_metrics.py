@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,4 +120,5 @@ def as_compute_metrics(
         found = np.minimum(log_probs, 0.0).tolist() if table else log_probs.argmax(1).tolist()
         return {"predictions": found, "references": labels.tolist()}
 
-    return ComputeMetrics(metric, choice_ids, cast(Inputs, by_feature if inputs is None else inputs), options)
+    chosen: Inputs = by_feature if inputs is None else inputs
+    return ComputeMetrics(metric, choice_ids, chosen, options)

@@ -83,10 +83,10 @@ class MCQEvalCallback(TrainerCallback):
         self.name, self.measure_of, self.batch_size = name, measure, batch_size
         self.references = [int(one) for one in references]
         self.tokenizer = trainer.processing_class if tokenizer is None else tokenizer
-        rows = [choices] * len(prompts) if same else choices
-        priors = [prior] * len(prompts) if shared else prior
-        self._questions = list(zip(prompts, rows, priors, strict=True))  # type: ignore[arg-type]
-        self._options = {
+        rows: Any = [choices] * len(prompts) if same else choices
+        priors: Any = [prior] * len(prompts) if shared else prior
+        self._questions: list[Any] = list(zip(prompts, rows, priors, strict=True))
+        self._options: dict[str, Any] = {
             "separator": separator,
             "template_kwargs": template_kwargs,
             "logits_processor": logits_processor,
