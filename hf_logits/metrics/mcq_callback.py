@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from accelerate.utils import gather_object
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_logits.metrics.attentiveness import attentiveness
 from hf_logits.metrics.mcq_chain import mcq_chain
-from hf_logits.metrics.scoring import ChoiceTable, Prompt, choice_logprobs
+from hf_logits.metrics.scoring import ChoiceTable, Prompt, choice_logprobs, per_prompt, prior_per_prompt
+from hf_logits.metrics.tables import read_labels
 
 
 Measure = Callable[[ChoiceTable, Sequence[int]], Mapping[str, Any]]
@@ -77,15 +79,14 @@ class MCQEvalCallback(TrainerCallback):
                 "The model's weights are spread over several processes, which score unequal numbers of questions: evaluate a gathered "
                 "copy with choice_logprobs instead."
             )
-        same = all(isinstance(one, str) for one in choices)
-        shared = prior is None or isinstance(prior, str) or isinstance(prior[0], Mapping)
+        asked = per_prompt(prompts, choices)
+        priors: Sequence[Any] = [None] * len(prompts) if prior is None else prior_per_prompt(prompts, prior)
         self.trainer: Any = trainer
         self.name, self.measure_of, self.batch_size = name, measure, batch_size
-        self.references = [int(one) for one in references]
+        # what is wrong with the questions shows now, and not at the first evaluation
+        self.references = read_labels(references, np.array([len(own) for own in asked]), "references").tolist()
         self.tokenizer = trainer.processing_class if tokenizer is None else tokenizer
-        rows: Any = [choices] * len(prompts) if same else choices
-        priors: Any = [prior] * len(prompts) if shared else prior
-        self._questions: list[Any] = list(zip(prompts, rows, priors, strict=True))
+        self._questions: list[Any] = list(zip(prompts, asked, priors, strict=True))
         self._options: dict[str, Any] = {
             "separator": separator,
             "template_kwargs": template_kwargs,

@@ -102,7 +102,7 @@ def choice_logprobs(
     """
     model, tokenizer, processors = _parts(model, tokenizer, logits_processor)
     check_count("batch_size", batch_size, minimum=1)
-    asked = _per_prompt(prompts, choices)
+    asked = per_prompt(prompts, choices)
     begins = _begins(tokenizer)
 
     def encode(given: Sequence[Prompt]) -> list[Question]:
@@ -116,13 +116,7 @@ def choice_logprobs(
     encoded = encode(prompts)
     behind = None
     if prior is not None:
-        shared = isinstance(prior, str) or (len(prior) > 0 and isinstance(prior[0], Mapping))
-        priors = [cast(Prompt, prior)] * len(prompts) if shared else cast(Sequence[Prompt], prior)
-        if len(priors) != len(prompts):
-            raise ValueError(
-                f"{len(priors)} prior prompts for {len(prompts)} prompts; give one for all or one for each."
-            )
-        behind = encode(priors)
+        behind = encode(prior_per_prompt(prompts, prior))
     return ChoiceTable(
         logprobs=score(encoded),
         lengths={
@@ -153,7 +147,8 @@ def _parts(
     return model, tokenizer, processors
 
 
-def _per_prompt(prompts: Sequence[Any], choices: Sequence[str] | Sequence[Sequence[str]]) -> list[list[str]]:
+def per_prompt(prompts: Sequence[Any], choices: Sequence[str] | Sequence[Sequence[str]]) -> list[list[str]]:
+    """The choices of each prompt; what cannot be scored is refused."""
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping)):
         raise ValueError("prompts is one prompt; give a list of prompts.")
     if isinstance(choices, str):
@@ -170,6 +165,15 @@ def _per_prompt(prompts: Sequence[Any], choices: Sequence[str] | Sequence[Sequen
         if "" in own:
             raise ValueError(f"Prompt {place} has an empty choice, which has no tokens to score.")
     return asked
+
+
+def prior_per_prompt(prompts: Sequence[Prompt], prior: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """The prior prompt of each prompt."""
+    shared = isinstance(prior, str) or (len(prior) > 0 and isinstance(prior[0], Mapping))
+    priors = [cast(Prompt, prior)] * len(prompts) if shared else list(cast(Sequence[Prompt], prior))
+    if len(priors) != len(prompts):
+        raise ValueError(f"{len(priors)} prior prompts for {len(prompts)} prompts; give one for all or one for each.")
+    return priors
 
 
 def _begins(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

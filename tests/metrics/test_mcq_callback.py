@@ -135,6 +135,12 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = made(tmp_path)
     with pytest.raises(ValueError, match="5 prompts and 1 references"):
         MCQEvalCallback(trainer, PROMPTS, CHOICES, [0])
+    with pytest.raises(ValueError, match="references has 2 in row 0"):
+        MCQEvalCallback(trainer, PROMPTS, CHOICES, [2, 0, 0, 0, 0])
+    with pytest.raises(ValueError, match="5 prompts and 2 lists"):
+        MCQEvalCallback(trainer, PROMPTS, CHOICES[:2], ANSWERS)
+    with pytest.raises(ValueError, match="1 prior prompts for 5"):
+        MCQEvalCallback(trainer, PROMPTS, CHOICES, ANSWERS, prior=["w5"])
     with pytest.raises(ValueError, match="0 prompts"):
         MCQEvalCallback(trainer, [], [], [])
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 import hf_logits
 import tiny
 from hf_logits.metrics import choice_logprobs
-from hf_logits.metrics.scoring import _per_prompt
+from hf_logits.metrics.scoring import per_prompt
 from hf_logits.processors import GeDiLogitsProcessor, MixtureLogitsProcessor
 from hf_logits.sharing import steering
 from oracles import word_tokenizer
@@ -367,7 +367,7 @@ def test_bad_input(prompts: Any, choices: Any, options: dict, message: str) -> N
 
 def test_one_chat_is_no_list_of_chats() -> None:
     with pytest.raises(ValueError, match="give a list of prompts"):
-        _per_prompt([{"role": "user", "content": "w5"}], ["w6", "w7"])
+        per_prompt([{"role": "user", "content": "w5"}], ["w6", "w7"])
 
 
 def test_no_empty_context_without_a_token_for_it() -> None:
