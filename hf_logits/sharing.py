@@ -56,6 +56,13 @@ def _generate(main: Any, steering: Sequence[Any], *args: Any, logits_processor: 
     return type(main).generate(main, *args, logits_processor=[*(logits_processor or []), *steering], **kwargs)
 
 
+def steering(model: Any) -> list[Any]:
+    """The processors that a model has from [`pipeline`]; of every other model none."""
+    generate = vars(model).get("generate")
+    known = isinstance(generate, functools.partial) and generate.func is _generate
+    return list(generate.args[1]) if known and generate is not None else []
+
+
 def has_recipe(
     repo_or_folder: str | Path,
     *,

@@ -76,7 +76,7 @@ class Naive:
 class Session:
     """An engine, the rows that generation would show it now, and the plain truth about them."""
 
-    def __init__(self, family: str, contexts: list[str], score_tokens: bool, vocab_size: int | None, chunk: int):
+    def __init__(self, family: str, contexts: list[str], score_tokens: bool | str, vocab_size: int | None, chunk: int):
         self.family, self.names, self.vocab_size = family, contexts, vocab_size
         self.engine = AuxiliaryLM(
             build(family),
@@ -105,10 +105,12 @@ class Session:
                 truth = from_scratch(self.family, tuple(read))[:, : self.vocab_size].log_softmax(-1)
                 torch.testing.assert_close(found[c, r], truth[-1], atol=1e-5, rtol=0)
                 if self.engine.score_tokens:
-                    self.check_scores(self.engine.token_log_probs[c, r], read, truth)
+                    self.check_scores(self.engine.token_log_probs[c, r], read, truth, len(generated))
 
-    def check_scores(self, found: torch.Tensor, read: list[int], truth: torch.Tensor) -> None:
+    def check_scores(self, found: torch.Tensor, read: list[int], truth: torch.Tensor, generated: int) -> None:
         scores = [0.0 if i >= truth.shape[1] else truth[t, i].item() for t, i in enumerate(read[1:])]
+        if self.engine.score_tokens == "generated":
+            scores = scores[len(scores) - generated :]
         expected = torch.tensor([0.0] * (len(found) - len(scores)) + scores)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
@@ -221,7 +223,7 @@ OPERATION = st.sampled_from(WEIGHTED).flatmap(lambda name: st.tuples(st.just(nam
 )
 @given(
     contexts=st.lists(st.sampled_from(list(CONTEXTS)), min_size=1, max_size=3),
-    score_tokens=st.booleans(),
+    score_tokens=st.sampled_from([False, True, "generated"]),
     vocab_size=st.sampled_from([None, None, 40]),
     chunk=st.sampled_from([1024, 3]),
     prompt=OPERATIONS["new_prompt"],

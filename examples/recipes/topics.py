@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
-from harmful_requests import as_question, exam, small_talk
+from exam import worked_examples
+from harmful_requests import as_question, small_talk
 from rated_sentences import rated_sentences
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
@@ -95,7 +96,7 @@ def documents(part: str) -> tuple[tuple[str, str], ...]:
     Args:
         part: `"train"`, `"validation"` or `"test"`, which share no text, no source and no topic.
     """
-    texts = [(subject, _reasoned(question, target)) for subject, question, target in exam()]
+    texts = [(subject, _reasoned(question, target)) for subject, question, target in worked_examples()]
     for topic, turns in small_talk():
         if len(turns) >= 2 and all(turns[:2]):
             texts.append((f"talk: {topic}", f"{as_question(turns[0])} {turns[1]}"))

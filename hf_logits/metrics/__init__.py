@@ -9,27 +9,42 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from hf_logits.metrics.attentiveness import Attentiveness
     from hf_logits.metrics.calibration_error import CalibrationError
+    from hf_logits.metrics.compute_metrics import as_compute_metrics
     from hf_logits.metrics.dialogue_coherence import DialogueCoherence
     from hf_logits.metrics.diversity import Diversity
     from hf_logits.metrics.judge_position import JudgePosition
     from hf_logits.metrics.judges import judge_by_log_probs, judge_by_samples
+    from hf_logits.metrics.mcq_callback import MCQEvalCallback
+    from hf_logits.metrics.mcq_chain import McqChain
     from hf_logits.metrics.open_set import OpenSet, open_set_inputs
     from hf_logits.metrics.personality import Personality
+    from hf_logits.metrics.position_bias import PositionBias
     from hf_logits.metrics.refusal_rate import RefusalRate
+    from hf_logits.metrics.scoring import ChoiceTable, choice_logprobs
     from hf_logits.metrics.steering_cost import SteeringCost
     from hf_logits.metrics.sycophancy import Sycophancy
+    from hf_logits.metrics.verbalizer_gap import VerbalizerGap
 
 __all__ = [
+    "Attentiveness",
     "CalibrationError",
+    "ChoiceTable",
     "DialogueCoherence",
     "Diversity",
     "JudgePosition",
+    "MCQEvalCallback",
+    "McqChain",
     "OpenSet",
     "Personality",
+    "PositionBias",
     "RefusalRate",
     "SteeringCost",
     "Sycophancy",
+    "VerbalizerGap",
+    "as_compute_metrics",
+    "choice_logprobs",
     "judge_by_log_probs",
     "judge_by_samples",
     "open_set_inputs",
@@ -37,15 +52,23 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Attentiveness": "hf_logits.metrics.attentiveness",
     "CalibrationError": "hf_logits.metrics.calibration_error",
+    "ChoiceTable": "hf_logits.metrics.scoring",
     "DialogueCoherence": "hf_logits.metrics.dialogue_coherence",
     "Diversity": "hf_logits.metrics.diversity",
     "JudgePosition": "hf_logits.metrics.judge_position",
+    "MCQEvalCallback": "hf_logits.metrics.mcq_callback",
+    "McqChain": "hf_logits.metrics.mcq_chain",
     "OpenSet": "hf_logits.metrics.open_set",
     "Personality": "hf_logits.metrics.personality",
+    "PositionBias": "hf_logits.metrics.position_bias",
     "RefusalRate": "hf_logits.metrics.refusal_rate",
     "SteeringCost": "hf_logits.metrics.steering_cost",
     "Sycophancy": "hf_logits.metrics.sycophancy",
+    "VerbalizerGap": "hf_logits.metrics.verbalizer_gap",
+    "as_compute_metrics": "hf_logits.metrics.compute_metrics",
+    "choice_logprobs": "hf_logits.metrics.scoring",
     "judge_by_log_probs": "hf_logits.metrics.judges",
     "judge_by_samples": "hf_logits.metrics.judges",
     "open_set_inputs": "hf_logits.metrics.open_set",

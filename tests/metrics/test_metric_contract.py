@@ -9,9 +9,12 @@ import evaluate
 import pytest
 
 from hf_logits import metrics
+from hf_logits.metrics.module import LogitMetric
 
 
+TABLE: dict[str, Any] = {"predictions": [[-0.5, -2.0], [-3.0, -1.0, -2.0], [-1.5, -1.0]], "references": [0, 2, 1]}
 METRICS: dict[str, dict[str, Any]] = {
+    "Attentiveness": TABLE | {"prior_logprobs": [[-1.0, -1.0], [-2.0, -1.0, -3.0], [-0.5, -2.0]]},
     "CalibrationError": {"predictions": [0.9, 0.6, 0.8], "references": [1, 0, 1]},
     "DialogueCoherence": {
         "predictions": ["Fine, thanks.", "No."],
@@ -34,6 +37,14 @@ METRICS: dict[str, dict[str, Any]] = {
         "references": ["yes", "no", "yes", "no"],
         "leads": ["yes", "yes", "no", "no"],
     },
+    "McqChain": TABLE,
+    "PositionBias": {"predictions": [0, 2, 1], "references": [0, 1, 1], "num_choices": 3},
+    "VerbalizerGap": {
+        "predictions": [0, 1, 1],
+        "references": [0, 1, 0],
+        "verbalizer": ["good|bad", "good|bad", "bad|good"],
+        "group": ["natural", "natural", "unnatural"],
+    },
 }
 """Inputs of each, with the options that it needs."""
 
@@ -43,7 +54,8 @@ def snake(name: str) -> str:
 
 
 def test_each_metric_has_a_row() -> None:
-    modules = {name for name in metrics.__all__ if name[0].isupper()}
+    public = {name: getattr(metrics, name) for name in metrics.__all__}
+    modules = {name for name, value in public.items() if isinstance(value, type) and issubclass(value, LogitMetric)}
     assert set(METRICS) == modules
 
 
@@ -82,6 +94,15 @@ def test_options_of_others_are_left_out_and_said(name: str, caplog: pytest.LogCa
     with caplog.at_level("WARNING"):
         made.compute(**METRICS[name], option_of_another=1)
     assert "option_of_another" in caplog.text
+
+
+def test_metrics_of_one_table_are_combined() -> None:
+    names = {"mass": metrics.Attentiveness, "chain": metrics.McqChain, "place": metrics.PositionBias}
+    made = {name: one(*["logprobs"] * (name == "place"), keep_in_memory=True) for name, one in names.items()}
+    both = evaluate.combine(made).compute(**TABLE, reduction="mean")
+    alone = metrics.McqChain(keep_in_memory=True).compute(**TABLE, reduction="mean")
+    assert both["brier"] == alone["brier"] and both["chain_accuracy"] == both["mass_accuracy"] == alone["accuracy"]
+    assert "anchored" in both and isinstance(both["mass_notes"], dict)
 
 
 def test_an_unknown_configuration_or_script_is_refused() -> None:

@@ -1,0 +1,1 @@
+from hf_logits.metrics.attentiveness import Attentiveness  # noqa: F401

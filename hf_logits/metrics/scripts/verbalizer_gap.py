@@ -1,0 +1,1 @@
+from hf_logits.metrics.verbalizer_gap import VerbalizerGap  # noqa: F401
