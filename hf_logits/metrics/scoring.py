@@ -265,9 +265,9 @@ def _score(
         most = _CHOICES * batch_size
         questions += [(before, own[start : start + most]) for start in range(0, len(own), most)]
     engine = AuxiliaryLM(model, score_tokens=False if processors else "generated")
-    _check_lengths(model, questions)
+    window = _checked_window(model, questions)
     found = {}
-    for batch in _batches(questions, batch_size, sort=not processors, alike=not engine.pads_exactly):
+    for batch in _batches(questions, batch_size, window, sort=not processors, alike=not engine.pads_exactly):
         sums = _steered(engine, batch, pad, processors) if processors else _plain(engine, batch, pad)
         if bool(sums.isnan().any()):
             raise ValueError(
@@ -279,18 +279,26 @@ def _score(
     return found
 
 
-def _check_lengths(model: Any, questions: Sequence[Question]) -> None:
+def _width(questions: Sequence[Question]) -> int:
+    """Tokens that are read of the longest row, if these questions are a batch: the last token of a choice is predicted, not read."""
+    return max(len(before) for before, _ in questions) + max(len(one) for _, own in questions for one in own) - 1
+
+
+def _checked_window(model: Any, questions: Sequence[Question]) -> int | None:
+    """How many tokens the model holds; every question must fit."""
     window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    # the last token of a choice is predicted, not read
-    longest = max((len(before) + max(map(len, own)) - 1 for before, own in questions), default=0)
+    longest = max((_width([one]) for one in questions), default=0)
     if window is not None and 0 < window < longest:
         raise ValueError(
             f"A prompt with its choice has {longest} tokens to read, but {type(model).__name__} holds {window} "
             "(max_position_embeddings): shorten the prompt; nothing is cut for you."
         )
+    return window
 
 
-def _batches(questions: list[Question], size: int, *, sort: bool, alike: bool) -> Iterator[list[Question]]:
+def _batches(
+    questions: list[Question], size: int, window: int | None, *, sort: bool, alike: bool
+) -> Iterator[list[Question]]:
     """Prompts of like length go together: of the same one, if the model cannot be told where a padded row begins."""
     if (sort and len(questions) > size) or alike:
         questions = sorted(questions, key=lambda one: len(one[0]))
@@ -298,7 +306,9 @@ def _batches(questions: list[Question], size: int, *, sort: bool, alike: bool) -
     for one in questions:
         rows = len(one[1]) + sum(len(own) for _, own in batch)
         unlike = alike and batch and len(batch[0][0]) != len(one[0])
-        if batch and (len(batch) == size or rows > _CHOICES * size or unlike):
+        # a long prompt beside long choices is wider than either question
+        wide = window is not None and 0 < window < _width([*batch, one])
+        if batch and (len(batch) == size or rows > _CHOICES * size or unlike or wide):
             yield batch
             batch = []
         batch.append(one)

@@ -171,6 +171,20 @@ def test_many_choices_are_read_in_parts() -> None:
         close(table.logprobs, [[slow(model, ids("w20 w21"), ids(one)) for one in choices]])
 
 
+def test_questions_that_fit_only_by_themselves() -> None:
+    """Side by side, a long prompt and a long choice would need more positions than the model has."""
+    model = tiny.gpt2()
+    prompts, choices = ["w10 " * 127 + "w11", "w12"], [["w20", "w21"], ["w22 w23 w24 w25", "w26"]]
+    for processors in ([], [Bans()]):
+        table = choice_logprobs(model, word_tokenizer(), prompts, choices, logits_processor=processors)
+        with torch.no_grad():
+            expected = [
+                [slow(model, ids(prompt), ids(choice), processors) for choice in own]
+                for prompt, own in zip(prompts, choices, strict=True)
+            ]
+        close(table.logprobs, expected)
+
+
 # --- the prior -------------------------------------------------------------------------------------------------------------
 
 
