@@ -11,7 +11,7 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
@@ -20,6 +20,7 @@ from hf_logits.completions import pad_id
 from hf_logits.fused_head import Head, fused_log_probs
 from hf_logits.hidden import backbone
 from hf_logits.preferences import require_columns
+from hf_logits.reading import Model, evaluating
 from hf_logits.ridge import average_ranks
 from hf_logits.sequences import batches_of_like_size
 from hf_logits.tasks import bare
@@ -28,7 +29,6 @@ from hf_logits.tasks import bare
 logger = logging.get_logger(__name__)
 
 Ids = list[int]
-Model = PreTrainedModel | PeftModel
 
 TEMPLATE = "### Input:\n{context}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 COLUMNS = ("context", "instruction", "response")
@@ -182,17 +182,6 @@ def _fitted(samples: Sequence[Sample], model: Model, max_length: int | None, too
     return fitted
 
 
-@contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 def _check_model(model: Model) -> None:
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError("The virtual tokens of prompt learning shift all positions. Score the base model.")
@@ -242,7 +231,7 @@ def response_nll(
     samples = _fitted(tokenized(dataset, tokenizer, template), model, max_length, too_long)
     rows = [(sample.prompt, sample.response) for sample in samples if sample is not None]
     found = torch.full((len(samples),), torch.nan)
-    with _evaluating(model):
+    with evaluating(model):
         scores = _nll(model, rows, pad_id(tokenizer), tokens_per_batch, chunk_size)
     found[[sample is not None for sample in samples]] = scores
     return found
@@ -407,7 +396,7 @@ def cam_scores(
     check_count("sink_tokens", sink_tokens, minimum=0)
     samples = _fitted(tokenized(dataset, tokenizer, template), model, max_length, too_long)
     found, short = torch.full((len(samples),), torch.nan), 0
-    with _evaluating(model):
+    with evaluating(model):
         for index, sample in enumerate(samples):
             if sample is None:
                 continue
