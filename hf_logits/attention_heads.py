@@ -36,6 +36,7 @@ def output_projections(model: Model) -> list[tuple[str, nn.Module]]:
 
 
 def bare_linear(module: nn.Module) -> nn.Module:
+    """Without the adapters around it."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -46,8 +47,8 @@ def _width(module: nn.Module) -> int:
 
 def head_shape(model: Model) -> tuple[int, int, int]:
     """Layers, heads and size of a head's output."""
-    heads: int = bare(model).config.get_text_config().num_attention_heads
     widths = {_width(module) for _, module in output_projections(model)}
+    heads: int = bare(model).config.get_text_config().num_attention_heads
     if len(widths) > 1 or min(widths) % heads:
         raise ValueError(f"The layers' heads differ: projections of {sorted(widths)} inputs with {heads} heads each.")
     return len(output_projections(model)), heads, min(widths) // heads
