@@ -28,6 +28,7 @@ TABLES = {
     "trainers": "Training steps against the stock trainers",
     "distillation": "Distillation without a tensor of tokens times vocabulary",
     "ches": "Scoring preference pairs",
+    "gateau": "Attention of a response on a long context",
 }
 
 
