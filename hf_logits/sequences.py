@@ -1,4 +1,6 @@
-"""From log-probs of tokens to log-probs of completions: the shift, the mask, and how sequences are averaged."""
+"""From log-probs of tokens to log-probs of completions: the shift, the mask, and how sequences are averaged and batched."""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Integer
@@ -56,3 +58,18 @@ def mean_log_prob(
     if reduction == "token_mean":
         return log_probs.sum() / (lengths.sum().clamp(min=1) if items is None else items)
     raise ValueError(f'reduction must be "sum", "mean" or "token_mean", got {reduction!r}.')
+
+
+def batches_of_like_size(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices, largest first and of like size, so that a batch stays within the budget, padding included.
+
+    What is larger than the budget comes alone.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        if batch and (len(batch) + 1) * sizes[batch[0]] > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

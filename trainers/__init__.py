@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_logits.trainers.entanglement import EntanglementConfig, EntanglementTrainer
     from hf_logits.trainers.entanglement_callback import EntanglementCallback
     from hf_logits.trainers.f_dpo import FDPOConfig, FDPOTrainer, f_dpo_loss
+    from hf_logits.trainers.gateau import cam_scores, hmg_scores, response_nll, select_top
     from hf_logits.trainers.gedi import ControlCodeCollator, GeDiConfig, GeDiTrainer, gedi_loss, gedi_topics
     from hf_logits.trainers.logit_distillation import LogitDistillationConfig, LogitDistillationTrainer, kd_loss
     from hf_logits.trainers.multi_level_ranking import (
@@ -112,6 +113,7 @@ __all__ = [
     "build_pairs",
     "cache_embeddings",
     "calibrate_refusal",
+    "cam_scores",
     "ches_from_hidden",
     "ches_scores",
     "embed_ratings",
@@ -119,6 +121,7 @@ __all__ = [
     "filter_by_ches",
     "gedi_loss",
     "gedi_topics",
+    "hmg_scores",
     "kd_loss",
     "load_teacher_logits",
     "log_sigmoid_centered",
@@ -129,8 +132,10 @@ __all__ = [
     "project_gradient",
     "refusal_lora_config",
     "refusal_probabilities",
+    "response_nll",
     "reward_model_as_function",
     "rpo_loss",
+    "select_top",
     "sinkhorn_distance",
     "sinkhorn_kd_loss",
     "store_teacher_logits",
@@ -183,6 +188,7 @@ _HOMES = {
     "build_pairs": "on_policy",
     "cache_embeddings": "multi_objective_gate",
     "calibrate_refusal": "refusal_calibration",
+    "cam_scores": "gateau",
     "ches_from_hidden": "ches",
     "ches_scores": "ches",
     "embed_ratings": "multi_objective_gate",
@@ -190,6 +196,7 @@ _HOMES = {
     "filter_by_ches": "ches",
     "gedi_loss": "gedi",
     "gedi_topics": "gedi",
+    "hmg_scores": "gateau",
     "kd_loss": "logit_distillation",
     "load_teacher_logits": "teacher_logits",
     "log_sigmoid_centered": "reward_transform",
@@ -200,8 +207,10 @@ _HOMES = {
     "project_gradient": "dual_head_distillation",
     "refusal_lora_config": "refusal_tokens",
     "refusal_probabilities": "refusal_calibration",
+    "response_nll": "gateau",
     "reward_model_as_function": "reward_transform",
     "rpo_loss": "rpo",
+    "select_top": "gateau",
     "sinkhorn_distance": "sinkhorn_distillation",
     "sinkhorn_kd_loss": "sinkhorn_distillation",
     "store_teacher_logits": "teacher_logits",

@@ -1,6 +1,6 @@
 """CHES: which preference pairs will push the chosen completion down, read off the hidden states before training."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from hf_logits.checks import check_number
 from hf_logits.hidden import Fork, backbone, pack_forks, reads_forks
 from hf_logits.preferences import require_columns
+from hf_logits.sequences import batches_of_like_size
 
 
 logger = logging.get_logger(__name__)
@@ -108,7 +109,7 @@ def ches_scores(
                 pad_token_id=pad, max_length=max_length, truncation_mode=truncation_mode
             )
             score = partial(_plain_ches, body, collate)
-        for batch in _batches(sizes, tokens_per_batch):
+        for batch in batches_of_like_size(sizes, tokens_per_batch):
             scores[batch] = score([forks[index] for index in batch], length_normalize).cpu()
     finally:
         model.train(training)
@@ -149,18 +150,6 @@ def _ches_of_rows(
     hidden = hidden[:, -completion_mask.size(1) :][:, :-1]  # virtual tokens of prompt learning stand in front
     (chosen, rejected), (chosen_mask, rejected_mask) = hidden.chunk(2), mask.chunk(2)
     return ches_from_hidden(chosen, chosen_mask, rejected, rejected_mask, length_normalize=length_normalize)
-
-
-def _batches(sizes: list[int], budget: int) -> Iterator[list[int]]:
-    """Indices, largest first and of like size, so that what is padded stays within the budget."""
-    batch: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        if batch and (len(batch) + 1) * sizes[batch[0]] > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _tokenize(dataset: Dataset, processing_class: PreTrainedTokenizerBase) -> Dataset:

@@ -29,6 +29,7 @@ TABLES = {
     "distillation": "Distillation without a tensor of tokens times vocabulary",
     "ches": "Scoring preference pairs",
     "choices": "Scoring choices",
+    "gateau": "Attention of a response on a long context",
 }
 
 
