@@ -368,11 +368,13 @@ def fusion(stage: Stage) -> None:
         "The battery died after two days, and so did my patience.",
     ]
     for text in texts[: 1 if stage.quick else None]:
-        question = f"Is this from a tweet, newspaper, product review or film review, and is it positive or negative?\n\n{text}"
+        question = (
+            f"Text: {text}\nFrom a tweet, newspaper, product review or film review? Positive or negative?\nAnswer:"
+        )
         # The adapter is switched on inside the base model, so this is the small expert by itself.
-        alone = stage.say(user(question), model=small.get_base_model())
-        plain, steered = stage.say(user(question)), stage.say(user(question), processor)
-        tqdm.write(f"  asked: {question}")
+        alone = stage.say(question, model=small.get_base_model())
+        plain, steered = stage.say(question), stage.say(question, processor)
+        tqdm.write(f"  asked: {text}")
         beside(plain.texts[0], steered.texts[0], "large model", "large model + small expert's change")
         tqdm.write(f"  small expert alone: {alone.texts[0]}")
         costs(processor, plain, steered)

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parent))
 from common import BATCH_SIZE, continue_prompts, interval, mean, models, parser, table
 from matplotlib import pyplot as plt
 from peft import PeftModel
-from task import chat, examples, marks
+from task import examples, marks
 
 from hf_logits.processors import DynamicFusionLogitsProcessor
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     large, tokenizer = models(options)
     rows = examples(options.part, options.rows)
-    prompts = [tokenizer.apply_chat_template(chat(row), add_generation_prompt=True, tokenize=False) for row in rows]
+    prompts = [row["question"] for row in rows]
 
     def fusion(**settings) -> DynamicFusionLogitsProcessor:
         return DynamicFusionLogitsProcessor.from_pretrained(options.output, main_model=large, **settings)

@@ -11,7 +11,7 @@ NAMES = {
     "amazonReviewSnippets": "product review",
     "movieReviewSnippets": "film review",
 }
-QUESTION = "Is this from a tweet, newspaper, product review or film review, and is it positive or negative?\n\n{text}"
+QUESTION = "Text: {text}\nFrom a tweet, newspaper, product review or film review? Positive or negative?\nAnswer:"
 
 
 def examples(part: str, count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -28,11 +28,7 @@ def examples(part: str, count: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 def answer(row: dict[str, str]) -> str:
-    return f"{row['kind']}, {row['sentiment']}"
-
-
-def chat(row: dict[str, str]) -> list[dict[str, str]]:
-    return [{"role": "user", "content": row["question"]}]
+    return f" {row['kind']}, {row['sentiment']}"
 
 
 def marks(row: dict[str, str], said: str) -> tuple[float, float, float]:

@@ -1,6 +1,6 @@
 """Fine-tune a small model, so that a large one can follow it: which kind of text is it, and is it positive or negative?
 
-    python examples/recipes/fusion_kinds/train.py      # a minute on a GPU, an hour on two cores
+    python examples/recipes/fusion_kinds/train.py      # a quarter of an hour on two cores
 
 The small model is the healed one of `../entropy_adaptive`. Its expert goes on from there, by TRL's SFTTrainer. The recipe goes into this folder
 or into `--output`: what was healed and the expert, two adapters of some layers of the large model. In `direct/` is what it is measured against, the large
@@ -19,7 +19,7 @@ from common import halve, models, parser, save_adapter
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_model import HEALED, kept_layers
-from task import answer, chat, examples
+from task import answer, examples
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -29,8 +29,7 @@ from hf_logits.processors import DynamicFusionLogitsProcessor
 
 def tune(model: PeftModel, tokenizer, options) -> PeftModel:
     rows = [
-        {"prompt": chat(row), "completion": [{"role": "assistant", "content": answer(row)}]}
-        for row in examples("train", options.rows, options.seed)
+        {"prompt": row["question"], "completion": answer(row)} for row in examples("train", options.rows, options.seed)
     ]
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
@@ -56,10 +55,10 @@ def tune(model: PeftModel, tokenizer, options) -> PeftModel:
 def main(arguments: list[str] | None = None) -> None:
     made = parser(__doc__, Path(__file__).parent)
     made.add_argument("--small", type=Path, default=HEALED, help="the folder of the healed adapter")
-    made.add_argument("--rows", type=int, default=6400)
-    made.add_argument("--epochs", type=float, default=2.0)
-    made.add_argument("--batch", type=int, default=32)
-    made.add_argument("--learning-rate", type=float, default=5e-4)
+    made.add_argument("--rows", type=int, default=1200)
+    made.add_argument("--epochs", type=float, default=1.0)
+    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--learning-rate", type=float, default=1e-3)
     made.add_argument("--rank", type=int, default=8, help="of the large model's adapter; the small one's is given")
     made.add_argument("--bf16", action="store_true", help="autocast: quicker where the processor knows bfloat16")
     options = made.parse_args(arguments)
