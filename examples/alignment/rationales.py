@@ -9,6 +9,7 @@ cores; leaves two tables and a figure.
 """  # the README beside this file shows them
 
 import argparse
+import itertools
 import os
 import random
 import statistics
@@ -30,7 +31,8 @@ from transformers.utils import logging
 from hf_logits.trainers import TRICEConfig, TRICETrainer, trice_weights
 
 
-NUMBERS = [str(number) for number in range(28)]
+LARGEST = 6
+NUMBERS = [str(number) for number in range(3 * LARGEST + 1)]
 LEADS, ADDS, GIVES = ["start with", "take", "first comes"], ["add", "then add", "plus"], ["makes", "gives", "is"]
 LONGEST = 18
 """Tokens of the longest rationale."""
@@ -51,7 +53,7 @@ def rationale(digits: list[int], rng: random.Random, noise: float) -> str:
     words = [rng.choice(LEADS), str(total)]
     for digit in rest:
         total += digit + (rng.choice([-3, -2, -1, 1, 2, 3]) if rng.random() < noise else 0)
-        total = min(max(total, 0), 27)
+        total = min(max(total, 0), 3 * LARGEST)
         words += [rng.choice(ADDS), str(digit), rng.choice(GIVES), str(total)]
     return " ".join([*words, "so", str(total)])
 
@@ -61,7 +63,7 @@ def prompt(digits: list[int], hint: int | None = None) -> str:
 
 
 def sums(seed: int) -> list[list[int]]:
-    every = [[a, b, c] for a in range(10) for b in range(10) for c in range(10)]
+    every = [list(digits) for digits in itertools.product(range(LARGEST + 1), repeat=3)]
     random.Random(seed).shuffle(every)
     return every
 
@@ -92,11 +94,11 @@ def imitator(tokenizer: PreTrainedTokenizerFast, steps: int, noise: float) -> Ll
     shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **ids))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     rng, every = random.Random(0), sums(0)
     for step in range(steps):
         rows = []
-        for digits in rng.choices(every, k=128):
+        for digits in rng.choices(every, k=64):
             guided = rng.random() < 0.3
             text = rationale(digits, rng, 0.0 if guided else noise)
             asked = tokenizer(prompt(digits, sum(digits) if guided else None))["input_ids"]
@@ -108,7 +110,7 @@ def imitator(tokenizer: PreTrainedTokenizerFast, steps: int, noise: float) -> Ll
             ids_[row, : len(asked) + len(said)] = torch.tensor(asked + said)
             labels[row, len(asked) : len(asked) + len(said)] = torch.tensor(said)
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)
+            group["lr"] = 5e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)
         model(input_ids=ids_, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

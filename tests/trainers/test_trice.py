@@ -146,7 +146,7 @@ def test_the_variance_vanishes_with_the_control_variate_only(bias, p_right, basi
     probs = torch.tensor([bias, bias, 0, 0, 0, 0], dtype=torch.float64).softmax(0)
     assert probs[:2].sum().item() == pytest.approx(p_right, abs=5e-4)
     truth = torch.tensor([0.5, 0.5, 0, 0, 0, 0], dtype=torch.float64) - probs
-    generator, draws = torch.Generator().manual_seed(0), 2000
+    generator, draws = torch.Generator().manual_seed(0), 4000
     drawn = torch.multinomial(probs, draws * 8, replacement=True, generator=generator).view(draws, 8)
     kept = torch.randint(0, 2, (draws, 8), generator=generator)
     scores = torch.eye(6, dtype=torch.float64) - probs
