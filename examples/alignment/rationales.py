@@ -260,7 +260,12 @@ def tables(runs: dict[str, list[dict[str, Any]]], measured: list[dict[str, float
         "|--:|--:|--:|--:|",
     ]
     for one in measured:
-        cells = [f"{one['right']:.3f}", f"{one['without']:.3g}", f"{one['with']:.3g}", f"{one['with'] / one['without']:.2f}"]
+        cells = [
+            f"{one['right']:.3f}",
+            f"{one['without']:.3g}",
+            f"{one['with']:.3g}",
+            f"{one['with'] / one['without']:.2f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -276,7 +281,9 @@ def draw(runs: dict[str, list[dict[str, Any]]], measured: list[dict[str, float]]
     places = sorted(measured, key=lambda one: one["right"])
     for key, name in (("without", "without control variate"), ("with", "with control variate")):
         right.plot([o["right"] for o in places], [o[key] for o in places], "o-", color=COLORS[name], label=name)
-    right.set(xlabel="share of right proposals", ylabel="total variance of the gradient", title="Same samples", yscale="log")
+    right.set(
+        xlabel="share of right proposals", ylabel="total variance of the gradient", title="Same samples", yscale="log"
+    )
     for axis in (left, right):
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
@@ -287,8 +294,12 @@ def draw(runs: dict[str, list[dict[str, Any]]], measured: list[dict[str, float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("examples/output/rationales"), help="folder of tables and figure")
-    parser.add_argument("--imitation-steps", type=int, default=600, help="steps in which the model learns to write rationales")
+    parser.add_argument(
+        "--output", type=Path, default=Path("examples/output/rationales"), help="folder of tables and figure"
+    )
+    parser.add_argument(
+        "--imitation-steps", type=int, default=600, help="steps in which the model learns to write rationales"
+    )
     parser.add_argument("--noise", type=float, default=0.4, help="share of additions in these that are wrong")
     parser.add_argument("--steps", type=int, default=160, help="steps of each run")
     parser.add_argument("--every", type=int, default=20, help="steps between two evaluations")
@@ -308,7 +319,10 @@ def main() -> None:
         runs[method] = []
         for seed in range(options.seeds):
             runs[method].append(train(start, tokenizer, method, seed, options))
-            print(f"{method}, seed {seed}: {runs[method][-1]['right'][0]:.3f} to {runs[method][-1]['right'][-1]:.3f} right", flush=True)
+            print(
+                f"{method}, seed {seed}: {runs[method][-1]['right'][0]:.3f} to {runs[method][-1]['right'][-1]:.3f} right",
+                flush=True,
+            )
     model, measured = start.eval(), []
     states = [start.state_dict(), *runs["with control variate"][0]["snapshots"].values()]
     for state in states:

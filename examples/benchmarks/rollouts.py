@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from common import llama
+from common import llama, tokenizer
 from datasets import Dataset
-from trainers import tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from hf_logits.trainers import TRICEConfig, TRICETrainer

@@ -125,9 +125,7 @@ def test_the_gradient_is_that_of_the_log_probability_over_all_rationales(control
             if chance == 0:
                 continue
             right = torch.tensor([bool(solves[m, drawn[m]]) for m in range(2)])
-            proposal, memory = trice_weights(
-                right, torch.ones(2, dtype=torch.bool), control_variate=control_variate
-            )
+            proposal, memory = trice_weights(right, torch.ones(2, dtype=torch.bool), control_variate=control_variate)
             for m in range(2):
                 step = proposal[m] * scores[m, drawn[m]] + memory[m] * scores[m, kept[m]]
                 mean[m] += chance * step / 2
