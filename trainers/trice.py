@@ -108,8 +108,8 @@ class TRICEConfig(GRPOConfig):
     Args:
         control_variate (`bool`, *optional*, defaults to `True`):
             Whether to subtract the control variate. Without it, the gradient keeps its variance when the model is nearly always right.
-            With it, examples without a memory teach nothing when they come the first time (the share of right proposals among
-            those with a right rationale is then 1): call `init_memory`.
+            With it, a step whose examples all come the first time changes nothing (of those with a right rationale, all have just
+            proposed it, so that beta is 1): call `init_memory` before.
         subsample_size (`int`, *optional*):
             How many of a generation batch's rows are trained on at most, the paper's L: drawn in proportion to the size of their
             weights, on each process by itself. `None`: all that have a weight. Divisible by `steps_per_generation` times the
@@ -310,6 +310,7 @@ class TRICETrainer(ResumableMixin, GRPOTrainer):
         return kept / max(seen, 1)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._counts = [0, 0]
         result = super().train(*args, **kwargs)
         proposed, right = self._counts
         if proposed and not right:
@@ -384,7 +385,7 @@ class TRICETrainer(ResumableMixin, GRPOTrainer):
         rows, counts = self._rows_with_weight(pairs.flatten())
         # GRPO takes the mean over the rows that each process keeps, and over the processes
         scale = len(rows) * self.accelerator.num_processes / examples
-        self._report(right, covered, judged, pairs, len(rows))
+        self._report(right, covered, known, judged, pairs, len(rows))
         kept = {key: value[rows] if value is not None and value.dim() else value for key, value in output.items()}
         return kept | {"advantages": counts * scale}
 
@@ -407,6 +408,7 @@ class TRICETrainer(ResumableMixin, GRPOTrainer):
         self,
         right: Bool[Tensor, " M"],
         covered: Bool[Tensor, " M"],
+        known: Bool[Tensor, " M"],
         judged: Float[Tensor, "M 2"],
         weights: Float[Tensor, "M 2"],
         rows: int,
@@ -426,10 +428,10 @@ class TRICETrainer(ResumableMixin, GRPOTrainer):
             logger.warning_once(
                 "The verifier returned None or NaN for some answers: they count as not right. trice/unjudged logs their share."
             )
-        if self.args.control_variate and bool((covered == right).all()) and bool(right.any()):
+        if self.args.control_variate and right.any() and not known.any():
             logger.warning_once(
-                "All examples of a step that had a right rationale had just proposed it: with the control variate such a step changes "
-                "nothing. This is so while examples come the first time; `init_memory(guide)` fills their memories."
+                "No example of a step had a memory: with the control variate such a step changes nothing. This is so while examples "
+                "come the first time; `init_memory(guide)` fills their memories before."
             )
         if not covered.any():
             logger.warning_once(

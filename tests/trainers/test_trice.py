@@ -441,7 +441,14 @@ def test_the_first_time_through_teaches_nothing_without_a_memory(said, tmp_path)
     trainer.train()
     assert any(logged(trainer, "trice/accepted"))
     assert equal(start, weights(trainer))
-    assert "init_memory" in said[0] and "first time" in said[0]
+    assert said[0].startswith("No example of a step had a memory") and "init_memory" in said[0]
+
+
+def test_a_model_that_is_always_right_is_no_reason_to_warn(said, tmp_path):
+    trainer = make(tmp_path, reward=lambda completions, **_: [1.0] * len(completions))
+    assert trainer.init_memory() == 1.0
+    trainer.train()
+    assert not said and logged(trainer, "trice/beta") == [1.0] * 3
 
 
 def test_the_basic_estimator_learns_from_the_first_proposal(said, tmp_path):
