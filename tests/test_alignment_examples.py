@@ -24,7 +24,9 @@ PAPERS = {
     "entanglement": "2410.13828",
     "armo": "2406.12845",
     "conjunction": "2402.03300",  # GRPO's
+    "trice": "2312.02179",
 }
+DEMONSTRATIONS = {"displacement", "rationales"}
 
 
 @pytest.fixture
@@ -91,8 +93,29 @@ def test_the_demonstration_of_displacement_leaves_a_table_and_a_figure(sentences
     assert (tmp_path / "out" / "displacement.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_the_demonstration_of_rationales_leaves_tables_and_a_figure(tmp_path):
+    settings = ("--imitation-steps", 20, "--steps", 4, "--every", 2, "--examples", 8, "--batch", 4, "--seeds", 1)
+    launching.run(FOLDER / "rationales.py", "--output", tmp_path / "out", "--draws", 3, *settings, folder=tmp_path)
+    report = (tmp_path / "out" / "rationales.md").read_text()
+    assert report.count("\n| with") == 3 and report.count("| ") > 40
+    assert (tmp_path / "out" / "rationales.png").stat().st_size > 10_000
+
+
+def test_rationales_are_right_but_for_their_noise(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    demonstration = runpy.run_path(str(FOLDER / "rationales.py"))
+    rng, answers = random.Random(0), []
+    for digits in demonstration["sums"](0):
+        texts = [demonstration["rationale"](digits, rng, noise) for noise in (0.0, 0.4)]
+        answers.append(demonstration["verifier"](texts, [str(sum(digits))] * 2))
+        assert texts[0].split()[-1] == texts[0].split()[-3]
+    right, noisy = (sum(column) / len(answers) for column in zip(*answers, strict=True))
+    assert right == 1.0 and 0.3 < noisy < 0.5
+
+
 def test_every_script_has_its_settings():
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "displacement"}
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common"} - DEMONSTRATIONS
     assert scripts == set(PAPERS) == {path.stem for path in FOLDER.glob("*.yaml")}
     for name in scripts:
         assert yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["output_dir"] == f"examples/output/{name}"

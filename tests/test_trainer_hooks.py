@@ -10,8 +10,9 @@ import torch
 import transformers
 import trl
 from transformers import Trainer
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 
+import rollouts
 from hf_logits.replay import NOT_FOR_THE_MODEL, ReplayMixin
 from hf_logits.trainers.f_dpo import LOSSES
 from preferences import arguments, equal, logged, make, pairs, tokenizer, unpaired, weights
@@ -373,3 +374,70 @@ def test_logits_can_be_asked_for(kind, tmp_path):
         loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
         assert torch.equal(loss, trainer.compute_loss(trainer.model, batch))
         assert outputs.logits.shape == (*batch["input_ids"].shape, 64)
+
+
+# --- GRPO ----------------------------------------------------------------------------------------------------------------
+
+
+def sampling(folder, **settings):
+    return rollouts.make(GRPOTrainer, GRPOConfig, folder, num_generations=2, **settings)
+
+
+def test_samples_can_be_taken_over(tmp_path):
+    with hook("GRPOTrainer._generate_single_turn", "prompts, images, other fields and the generations come first"):
+        names = ["prompt_ids", "images", "multimodal_fields", "num_generations"]
+        assert list(inspect.signature(GRPOTrainer._generate_single_turn).parameters)[1:5] == names
+        trainer = sampling(tmp_path)
+        ids, log_probs = trainer._generate_single_turn([[5, 6], [7]], None, {}, 1)
+        assert len(ids) == 2 and all(isinstance(one, list) for one in ids) and log_probs is None
+    with hook("GRPOTrainer._generate", "it returns the ids second and the completions fourth"):
+        _, ids, _, completions, *_ = trainer._generate(["w10 w11", "w12"])
+        assert completions == trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+
+
+def test_the_batch_of_grpo(tmp_path):
+    trainer = sampling(tmp_path)
+    trainer.model.train()
+    rows = next(iter(trainer.get_train_dataloader()))
+    with hook("GRPOTrainer.get_train_dataloader", "rows as they are, those of one prompt one behind the other"):
+        assert [row["prompt"] for row in rows[::2]] == [row["prompt"] for row in rows[1::2]]
+    seen = []
+    stock = trainer._calculate_rewards
+    trainer._calculate_rewards = lambda *given: seen.append(stock(*given)) or seen[-1]
+    with hook("GRPOTrainer._generate_and_score_completions", "tensors with a row for each sample, and totals"):
+        batch = trainer._generate_and_score_completions(rows)
+        assert {len(value) for value in batch.values() if value.dim()} == {8}
+        assert batch["advantages"].shape == (8,)
+    with hook("GRPOTrainer._calculate_rewards", "a row for each sample of all processes, a column for each function"):
+        assert seen[0].shape == (8, 1)
+    with hook("GRPOTrainer._logs", "the advantages of one generation batch"):
+        assert trainer._logs["advantages"].maxlen == len(trainer._logs["advantages"]) == 8
+    with hook("GRPOTrainer._get_train_sampler", "it shuffles with a generator that can be seeded"):
+        sampler = trainer._get_train_sampler()
+        orders = []
+        for _ in range(2):
+            sampler.generator.manual_seed(1)
+            orders.append(list(sampler))
+        assert sampler.shuffle and orders[0] == orders[1]
+
+
+def test_the_sequence_loss_of_grpo_is_reinforce(tmp_path):
+    trainer = sampling(tmp_path, loss_type="luspo", importance_sampling_level="sequence")
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    batch = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+    batch["advantages"] = torch.linspace(-1, 2, 8)
+    weights = list(trainer.model.parameters())
+    with hook(
+        "GRPOTrainer._compute_loss", "luspo: the advantage times each row's log-prob, averaged over rows and steps"
+    ):
+        found = torch.autograd.grad(trainer.compute_loss(trainer.model, batch), weights)
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        width = batch["completion_ids"].shape[1]
+        logits = trainer.model(input_ids=ids, attention_mask=mask).logits[:, -width - 1 : -1]
+        each = logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+        rows = (each * batch["completion_mask"]).sum(1)
+        expected = torch.autograd.grad(-(batch["advantages"] * rows).mean() / 2, weights)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         sinkhorn_kd_loss,
     )
     from hf_logits.trainers.teacher_logits import TeacherLogitsCollator, load_teacher_logits, store_teacher_logits
+    from hf_logits.trainers.trice import TRICEConfig, TRICETrainer, trice_weights
     from hf_logits.trainers.uskd import USKDConfig, USKDTrainer, uskd_loss
 
 
@@ -103,6 +104,8 @@ __all__ = [
     "RefusalTokens",
     "SinkhornDistillationConfig",
     "SinkhornDistillationTrainer",
+    "TRICEConfig",
+    "TRICETrainer",
     "TeacherLogitsCollator",
     "USKDConfig",
     "USKDTrainer",
@@ -139,6 +142,7 @@ __all__ = [
     "sinkhorn_distance",
     "sinkhorn_kd_loss",
     "store_teacher_logits",
+    "trice_weights",
     "uskd_loss",
     "without_negative_gradient",
 ]
@@ -178,6 +182,8 @@ _HOMES = {
     "RefusalTokens": "refusal_tokens",
     "SinkhornDistillationConfig": "sinkhorn_distillation",
     "SinkhornDistillationTrainer": "sinkhorn_distillation",
+    "TRICEConfig": "trice",
+    "TRICETrainer": "trice",
     "TeacherLogitsCollator": "teacher_logits",
     "USKDConfig": "uskd",
     "USKDTrainer": "uskd",
@@ -214,6 +220,7 @@ _HOMES = {
     "sinkhorn_distance": "sinkhorn_distillation",
     "sinkhorn_kd_loss": "sinkhorn_distillation",
     "store_teacher_logits": "teacher_logits",
+    "trice_weights": "trice",
     "uskd_loss": "uskd",
     "without_negative_gradient": "on_policy",
 }

@@ -12,10 +12,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from common import llama, peak_memory
+from common import llama, peak_memory, tokenizer
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from hf_logits.trainers import FDPOConfig, FDPOTrainer, RPOConfig, RPOTrainer
@@ -48,15 +46,6 @@ ROWS = [
     Row("BCO", (BCOTrainer, BCOConfig, UNPAIRED), KTO, 1.03, 1.02),
     Row("normalised gradients, hidden", (EntanglementTrainer, EntanglementConfig, {}), DPO, 1.25, 1.02),
 ]
-
-
-def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<eos>", "<unk>", *(f"w{index}" for index in range(3, vocabulary))]
-    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
 
 
 def preferences(rows: int, vocabulary: int, length: int) -> Dataset:
