@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         reward_model_as_function,
     )
     from hf_logits.trainers.rpo import RPOConfig, RPOTrainer, rpo_loss
+    from hf_logits.trainers.score import SCoReConfig, SCoReTrainer, self_correction_rates
     from hf_logits.trainers.sinkhorn_distillation import (
         SinkhornDistillationConfig,
         SinkhornDistillationTrainer,
@@ -100,6 +101,8 @@ __all__ = [
     "RefusalTokenConfig",
     "RefusalTokenTrainer",
     "RefusalTokens",
+    "SCoReConfig",
+    "SCoReTrainer",
     "SinkhornDistillationConfig",
     "SinkhornDistillationTrainer",
     "TeacherLogitsCollator",
@@ -131,6 +134,7 @@ __all__ = [
     "refusal_probabilities",
     "reward_model_as_function",
     "rpo_loss",
+    "self_correction_rates",
     "sinkhorn_distance",
     "sinkhorn_kd_loss",
     "store_teacher_logits",
@@ -171,6 +175,8 @@ _HOMES = {
     "RefusalTokenConfig": "refusal_tokens",
     "RefusalTokenTrainer": "refusal_tokens",
     "RefusalTokens": "refusal_tokens",
+    "SCoReConfig": "score",
+    "SCoReTrainer": "score",
     "SinkhornDistillationConfig": "sinkhorn_distillation",
     "SinkhornDistillationTrainer": "sinkhorn_distillation",
     "TeacherLogitsCollator": "teacher_logits",
@@ -202,6 +208,7 @@ _HOMES = {
     "refusal_probabilities": "refusal_calibration",
     "reward_model_as_function": "reward_transform",
     "rpo_loss": "rpo",
+    "self_correction_rates": "score",
     "sinkhorn_distance": "sinkhorn_distillation",
     "sinkhorn_kd_loss": "sinkhorn_distillation",
     "store_teacher_logits": "teacher_logits",
