@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from hf_logits.checks import check_choice, check_number
 from hf_logits.completions import Prompt
+from hf_logits.preferences import require_columns
 from hf_logits.rewards import checked_reward
 from hf_logits.second_turn import SecondTurn, second_turn
 
@@ -279,6 +280,8 @@ class SCoReTrainer(GRPOTrainer):
             args = SCoReConfig(f"{path.split('/')[-1]}-{self._name}")
         elif not isinstance(args, SCoReConfig):
             raise TypeError(f"SCoReTrainer needs `args` of type SCoReConfig, got {type(args).__name__}.")
+        if train_dataset is not None:
+            require_columns(train_dataset, "train", ("prompt",))
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         with _without_advice_on_luspo():
             super().__init__(
