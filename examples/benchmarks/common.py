@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 
@@ -54,6 +55,15 @@ def llama(vocabulary: int, width: int, layers: int, seed: int) -> LlamaForCausal
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape, **heads))
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{index}" for index in range(3, vocabulary))]
+    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
 
 
 def prompts(rows: int, *, length: int = PROMPT, seed: int = 0) -> Tensor:

@@ -26,6 +26,7 @@ TABLES = {
     "sinkhorn": "Sinkhorn distances with their gradient",
     "engine": "The engine",
     "trainers": "Training steps against the stock trainers",
+    "rollouts": "Rollout steps against stock GRPO",
     "distillation": "Distillation without a tensor of tokens times vocabulary",
     "ches": "Scoring preference pairs",
 }

@@ -12,10 +12,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from common import llama, peak_memory
+from common import llama, peak_memory, word_tokenizer
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from hf_logits.trainers import FDPOConfig, FDPOTrainer, RPOConfig, RPOTrainer
@@ -50,15 +48,6 @@ ROWS = [
 ]
 
 
-def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<eos>", "<unk>", *(f"w{index}" for index in range(3, vocabulary))]
-    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
-
-
 def preferences(rows: int, vocabulary: int, length: int) -> Dataset:
     """Prompts and completions of up to `length` words each."""
     draw = random.Random(0)
@@ -86,7 +75,7 @@ def build(kind: tuple[type, type, dict[str, Any]], size: dict[str, int], folder:
             **settings,
         ),
         train_dataset=preferences(8 * size["batch"], vocabulary, size["length"]),
-        processing_class=tokenizer(vocabulary),
+        processing_class=word_tokenizer(vocabulary),
     )
     made.model = made.accelerator.prepare(made.model)
     made.current_gradient_accumulation_steps = 1
