@@ -24,6 +24,7 @@ PAPERS = {
     "entanglement": "2410.13828",
     "armo": "2406.12845",
     "conjunction": "2402.03300",  # GRPO's
+    "score": "2409.12917",
 }
 
 
@@ -73,6 +74,14 @@ def test_the_example_trains_saves_and_names_its_paper(name, sentences, small, tm
 
 
 @pytest.mark.slow
+def test_the_demonstration_of_self_correction_leaves_a_table_and_a_figure(tmp_path):
+    settings = ("--steps", 2, "--seeds", 2, "--start-steps", 2)
+    launching.run(FOLDER / "self_correction.py", "--output", tmp_path / "out", *settings, folder=tmp_path)
+    assert (tmp_path / "out" / "self_correction.md").read_text().count("±") == 30
+    assert (tmp_path / "out" / "self_correction.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_two_processes_and_data_of_ones_own(small, tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
@@ -92,7 +101,7 @@ def test_the_demonstration_of_displacement_leaves_a_table_and_a_figure(sentences
 
 
 def test_every_script_has_its_settings():
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "displacement"}
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"common", "displacement", "self_correction"}
     assert scripts == set(PAPERS) == {path.stem for path in FOLDER.glob("*.yaml")}
     for name in scripts:
         assert yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["output_dir"] == f"examples/output/{name}"

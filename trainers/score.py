@@ -25,6 +25,7 @@ from hf_logits.second_turn import SecondTurn, second_turn
 logger = transformers_logging.get_logger(__name__)
 
 CREDITS = ("none", "own", "to_go")
+DEFAULT_CREDIT = {1: "none", 2: "own"}
 
 
 # --- the method ----------------------------------------------------------------------------------------------------------
@@ -198,9 +199,8 @@ class SCoReConfig(GRPOConfig):
         super().__post_init__()
         if self.score_stage not in (1, 2) or isinstance(self.score_stage, bool):
             raise ValueError(f"score_stage must be 1 or 2, got {self.score_stage!r}.")
-        if self.score_turn1_credit is None:
-            self.score_turn1_credit = "none" if self.score_stage == 1 else "own"
-        check_choice("score_turn1_credit", self.score_turn1_credit, *CREDITS)
+        if self.score_turn1_credit is not None:
+            check_choice("score_turn1_credit", self.score_turn1_credit, *CREDITS)
         if not isinstance(self.score_correction_prompt, str) or not self.score_correction_prompt.strip():
             raise ValueError(f"score_correction_prompt must be a text, got {self.score_correction_prompt!r}.")
         check_number("score_threshold", self.score_threshold)
@@ -389,7 +389,7 @@ class SCoReTrainer(GRPOTrainer):
             *self._rewards,
             stage=self.args.score_stage,
             alpha=self.args.score_alpha,
-            credit=self.args.score_turn1_credit or "none",
+            credit=self.args.score_turn1_credit or DEFAULT_CREDIT[self.args.score_stage],
             group=self.num_generations if training else self.num_generations_eval,
         )
         lengths = torch.tensor([[len(part) for part in attempt] for attempt in self._attempts], device=first.device)

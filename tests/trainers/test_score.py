@@ -286,7 +286,8 @@ def test_the_advantages_lie_on_the_tokens_of_their_turn(settings, tmp_path):
     for row, (one, middle, two) in enumerate(attempts):
         sibling = row ^ 1
         earned = second if settings["score_stage"] == 1 else second + trainer.args.score_alpha * (second - first)
-        own = {"none": 0 * first, "own": first, "to_go": first + second}[trainer.args.score_turn1_credit]
+        credit = trainer.args.score_turn1_credit or {1: "none", 2: "own"}[settings["score_stage"]]
+        own = {"none": 0 * first, "own": first, "to_go": first + second}[credit]
         expected[row, : len(one)] = own[row] - own[sibling]
         start = len(one) + len(middle)
         expected[row, start : start + len(two)] = earned[row] - earned[sibling]
@@ -619,10 +620,13 @@ def test_other_arguments_are_refused(tmp_path):
         make(tmp_path, data=chats.rename_column("prompt", "question"))
 
 
-def test_stages_have_their_defaults(tmp_path):
-    for stage, credit in ((1, "none"), (2, "own")):
-        args = preferences.arguments(SCoReConfig, tmp_path, num_generations=2, score_stage=stage)
-        assert args.score_turn1_credit == credit
+@pytest.mark.parametrize(("stage", "credit"), [(1, "none"), (2, "own")])
+def test_stages_credit_the_first_attempt_by_default(stage, credit, tmp_path):
+    default, given = (
+        rollout(make(tmp_path, score_stage=stage, **settings))[0] for settings in ({}, {"score_turn1_credit": credit})
+    )
+    assert torch.equal(default["advantages"], given["advantages"])
+    assert ((default["advantages"] * default["first_attempt"]).abs().sum() > 0) == (stage == 2)
 
 
 def test_no_advice_is_given_that_would_be_wrong_here(tmp_path, caplog):
