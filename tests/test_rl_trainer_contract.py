@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_logits.trainers
-import rollouts
+import policies
 from launching import LAUNCH, leave, run
 from preferences import Stop, StopAt, distance, equal, logged, weights
 
@@ -32,8 +32,8 @@ class Row:
 
     def make(self, folder: Path | str, *, conversational: bool = False, **settings: Any) -> Any:
         trainer, config = (getattr(hf_logits.trainers, f"{self.name}{part}") for part in ("Trainer", "Config"))
-        given = {"data": rollouts.prompts(conversational=conversational)} | self.settings | settings
-        return rollouts.make(trainer, config, folder, **given)
+        given = {"data": policies.prompts(conversational=conversational)} | self.settings | settings
+        return policies.make(trainer, config, folder, **given)
 
 
 SCORE = {"score_correction_prompt": "w9 w10"}
@@ -66,7 +66,7 @@ plain_and_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lo
 @plain_and_lora
 @pytest.mark.parametrize("conversational", [False, True], ids=["standard", "conversational"])
 def test_it_steps_and_evaluates(row, lora, conversational, tmp_path):
-    data = rollouts.prompts(4, conversational=conversational, seed=3)
+    data = policies.prompts(4, conversational=conversational, seed=3)
     trainer = row.make(tmp_path, conversational=conversational, lora=lora, evaluation=data, max_steps=2)
     before = weights(trainer)
     trainer.train()
@@ -94,8 +94,7 @@ def test_accumulation_cuts_a_step_as_it_likes(row, tmp_path):
 @plain_and_lora
 def test_a_run_that_is_killed_and_resumed_ends_where_an_unbroken_one_does(row, lora, tmp_path):
     settings = {"lora": lora, "max_steps": 6, "save_steps": 2, "gradient_accumulation_steps": 2}
-    # One epoch: in later ones, TRL's sampler starts with the first one's order when it resumes.
-    settings |= {"per_device_train_batch_size": 2, "lr_scheduler_type": "linear", "data": rollouts.prompts(32)}
+    settings |= {"per_device_train_batch_size": 2, "lr_scheduler_type": "linear"}  # step 5 begins the second epoch
     unbroken = row.make(tmp_path / "unbroken", **settings)
     unbroken.train()
     killed = row.make(tmp_path / "killed", save_strategy="steps", callbacks=[StopAt(5)], **settings)
@@ -130,7 +129,7 @@ def test_gradient_checkpointing_changes_nothing(row, tmp_path):
 def test_a_stream_is_data_like_any_other(row, tmp_path):
     settings = STEEP | {"lora": True, "shuffle_dataset": False}
     whole = row.make(tmp_path / "whole", **settings)
-    stream = row.make(tmp_path / "stream", **settings, data=rollouts.prompts().to_iterable_dataset())
+    stream = row.make(tmp_path / "stream", **settings, data=policies.prompts().to_iterable_dataset())
     start = weights(whole)
     deterministic(whole).train()
     deterministic(stream).train()

@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 from hf_logits.checks import check_choice, check_number
 from hf_logits.completions import Prompt
 from hf_logits.preferences import require_columns
+from hf_logits.resumable import EpochOrderMixin
 from hf_logits.rewards import checked_reward
 from hf_logits.second_turn import SecondTurn, second_turn
 
@@ -220,7 +221,7 @@ class SCoReConfig(GRPOConfig):
                 )
 
 
-class SCoReTrainer(GRPOTrainer):
+class SCoReTrainer(EpochOrderMixin, GRPOTrainer):
     """Learning to correct oneself, from [Training Language Models to Self-Correct via Reinforcement
     Learning](https://huggingface.co/papers/2409.12917).
 

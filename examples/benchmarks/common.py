@@ -57,7 +57,8 @@ def llama(vocabulary: int, width: int, layers: int, seed: int) -> LlamaForCausal
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape, **heads))
 
 
-def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """As many whole words as the vocabulary has."""
     words = ["<pad>", "<eos>", "<unk>", *(f"w{index}" for index in range(3, vocabulary))]
     made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

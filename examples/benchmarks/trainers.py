@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from common import llama, peak_memory, word_tokenizer
+from common import llama, peak_memory, tokenizer
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
@@ -75,7 +75,7 @@ def build(kind: tuple[type, type, dict[str, Any]], size: dict[str, int], folder:
             **settings,
         ),
         train_dataset=preferences(8 * size["batch"], vocabulary, size["length"]),
-        processing_class=word_tokenizer(vocabulary),
+        processing_class=tokenizer(vocabulary),
     )
     made.model = made.accelerator.prepare(made.model)
     made.current_gradient_accumulation_steps = 1

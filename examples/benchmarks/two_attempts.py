@@ -1,6 +1,6 @@
 """What learning from two attempts costs: a whole step, rollouts and verifier included, beside stock GRPO at equal numbers of tokens.
 
-python examples/benchmarks/rollouts.py [--quick]
+python examples/benchmarks/two_attempts.py [--quick]
 
 Nobody ends early, so that every row generates and trains the same number of tokens. Stock GRPO is given the same two turns by a
 rollout function; the third column lets it write them in one go, without reading a second prompt.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import llama, word_tokenizer
+from common import llama, tokenizer
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -73,7 +73,7 @@ def build(trainer: type, config: type, size: dict[str, int], length: int, rollou
             **settings,
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=word_tokenizer(vocabulary),
+        processing_class=tokenizer(vocabulary),
     )
     if rollout is not None:  # given to __init__, it warns that it is experimental
         made.rollout_func = rollout
