@@ -1,10 +1,12 @@
 """What a trainer knows beside the weights, saved with every checkpoint and back when training resumes."""
 
 import os
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
 
 
@@ -71,3 +73,28 @@ class RenamedWeightsMixin(Stock):
             self._unloaded = False
             fresh = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
             self.model.load_state_dict(fresh.state_dict())
+
+
+class EpochOrderMixin(Stock):
+    """Goes in front of [`~trl.GRPOTrainer`], so that a run resumed in a later epoch sees the prompts in that epoch's order.
+
+    The host draws the order of every epoch from one generator, which begins anew when a run resumes.
+    """
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        stock: Any = super()._get_train_sampler(dataset)
+        return _EpochOrder(stock, self.args.seed, lambda: int(self.state.epoch or 0)) if stock.shuffle else stock
+
+
+class _EpochOrder(Sampler[int]):
+    """The host's order, as a function of the seed and the epoch."""
+
+    def __init__(self, stock: Any, seed: int, epoch: Callable[[], int]):
+        self.stock, self.seed, self.epoch = stock, seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.stock.generator.manual_seed(self.seed + self.epoch())
+        return iter(self.stock)
+
+    def __len__(self) -> int:
+        return len(self.stock)

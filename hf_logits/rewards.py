@@ -41,16 +41,45 @@ def call_reward(
     reward: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]
 ) -> list[float | None]:
     """One reward for each completion, finite or `None`."""
-    raw = [r if r is None else float(r) for r in reward(prompts=prompts, completions=completions, **columns)]
+    return finite_rewards(
+        reward_name(reward), reward(prompts=prompts, completions=completions, **columns), completions
+    )
+
+
+def finite_rewards(name: str, rewards: Sequence[float | None], completions: Sequence[Any]) -> list[float | None]:
+    """What the reward function `name` returned, if that is a finite number or `None` for each completion."""
+    raw = [r if r is None else float(r) for r in rewards]
     if len(raw) != len(completions):
-        raise ValueError(f"{reward_name(reward)} returned {len(raw)} rewards for {len(completions)} completions.")
+        raise ValueError(f"{name} returned {len(raw)} rewards for {len(completions)} completions.")
     for row, value in enumerate(raw):
         if value is not None and not math.isfinite(value):
             raise ValueError(
-                f"{reward_name(reward)} returned {value} for the completion {completions[row]!r}. Return a finite number, or None "
+                f"{name} returned {value} for the completion {completions[row]!r}. Return a finite number, or None "
                 "where the reward does not apply."
             )
     return raw
+
+
+def checked_reward(reward: Any) -> Any:
+    """A reward function that refuses what [`finite_rewards`] refuses. Reward models and their ids stay as they are."""
+    if isinstance(reward, nn.Module | str):
+        return reward
+    if not callable(reward):
+        raise TypeError(f"A reward must be a function, got {reward!r}.")
+    name = reward_name(reward)
+
+    def checked(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        return finite_rewards(name, reward(completions=completions, **columns), completions)
+
+    async def awaited(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        return finite_rewards(name, await reward(completions=completions, **columns), completions)
+
+    plain = reward.func if isinstance(reward, functools.partial) else reward
+    found: Any = checked
+    if inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(type(plain).__call__):
+        found = awaited
+    found.__name__ = name  # what the host's metrics are called by
+    return found
 
 
 def rated_samples(

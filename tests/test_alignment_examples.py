@@ -25,8 +25,9 @@ PAPERS = {
     "armo": "2406.12845",
     "conjunction": "2402.03300",  # GRPO's
     "trice": "2312.02179",
+    "score": "2409.12917",
 }
-DEMONSTRATIONS = {"displacement", "rationales"}
+DEMONSTRATIONS = {"displacement", "rationales", "self_correction"}
 
 
 @pytest.fixture
@@ -72,6 +73,14 @@ def test_the_example_trains_saves_and_names_its_paper(name, sentences, small, tm
     assert PAPERS[name] in (out / "README.md").read_text()
     weights = "model.safetensors" if name == "armo" else "adapter_model.safetensors"
     assert (out / weights).is_file() and (out / "eval_results.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_demonstration_of_self_correction_leaves_a_table_and_a_figure(tmp_path):
+    settings = ("--steps", 2, "--seeds", 2, "--start-steps", 2)
+    launching.run(FOLDER / "self_correction.py", "--output", tmp_path / "out", *settings, folder=tmp_path)
+    assert (tmp_path / "out" / "self_correction.md").read_text().count("±") == 30
+    assert (tmp_path / "out" / "self_correction.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         reward_model_as_function,
     )
     from hf_logits.trainers.rpo import RPOConfig, RPOTrainer, rpo_loss
+    from hf_logits.trainers.score import SCoReConfig, SCoReTrainer, self_correction_rates
     from hf_logits.trainers.sinkhorn_distillation import (
         SinkhornDistillationConfig,
         SinkhornDistillationTrainer,
@@ -102,6 +103,8 @@ __all__ = [
     "RefusalTokenConfig",
     "RefusalTokenTrainer",
     "RefusalTokens",
+    "SCoReConfig",
+    "SCoReTrainer",
     "SinkhornDistillationConfig",
     "SinkhornDistillationTrainer",
     "TRICEConfig",
@@ -139,6 +142,7 @@ __all__ = [
     "reward_model_as_function",
     "rpo_loss",
     "select_top",
+    "self_correction_rates",
     "sinkhorn_distance",
     "sinkhorn_kd_loss",
     "store_teacher_logits",
@@ -180,6 +184,8 @@ _HOMES = {
     "RefusalTokenConfig": "refusal_tokens",
     "RefusalTokenTrainer": "refusal_tokens",
     "RefusalTokens": "refusal_tokens",
+    "SCoReConfig": "score",
+    "SCoReTrainer": "score",
     "SinkhornDistillationConfig": "sinkhorn_distillation",
     "SinkhornDistillationTrainer": "sinkhorn_distillation",
     "TRICEConfig": "trice",
@@ -217,6 +223,7 @@ _HOMES = {
     "reward_model_as_function": "reward_transform",
     "rpo_loss": "rpo",
     "select_top": "gateau",
+    "self_correction_rates": "score",
     "sinkhorn_distance": "sinkhorn_distillation",
     "sinkhorn_kd_loss": "sinkhorn_distillation",
     "store_teacher_logits": "teacher_logits",
