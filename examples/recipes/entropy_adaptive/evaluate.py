@@ -11,13 +11,14 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from common import BATCH_SIZE, continue_prompts, models, parser, table
+from common import BATCH_SIZE, continue_prompts, interval, models, parser, table
 from matplotlib import pyplot as plt
 from small_model import chats, healed
 from torch.nn.functional import cross_entropy
@@ -33,7 +34,9 @@ class RandomSwitching(EntropyAdaptiveLogitsProcessor):
     def __init__(self, large_model, *, share: float, run: float, seed: int):
         super().__init__(large_model)
         self.leave = 1.0 / max(run, 1.0)
-        self.enter = min(1.0, self.leave * share / max(1.0 - share, 1e-9))
+        self.enter = self.leave * share / max(1.0 - share, 1e-9)
+        if self.enter > 1.0:  # runs so short are never so frequent: longer ones then
+            self.enter, self.leave = 1.0, (1.0 - share) / share
         self.share, self.generator = share, torch.Generator().manual_seed(seed)
 
     def _decide(self, step, small, large):
@@ -49,10 +52,19 @@ class RandomSwitching(EntropyAdaptiveLogitsProcessor):
         return torch.where(asks[:, None], large(), small())
 
 
-def runs(large: torch.Tensor) -> float:
-    """How many tokens the large model writes at a time, on average."""
-    begins = ((large[:, 1:] == 1) & (large[:, :-1] == 0)).sum() + (large[:, 0] == 1).sum()
-    return float((large == 1).sum() / begins.clamp(min=1))
+def begun(large: torch.Tensor) -> int:
+    """How often the large model takes over."""
+    return int(((large[:, 1:] == 1) & (large[:, :-1] == 0)).sum() + (large[:, 0] == 1).sum())
+
+
+def ratio_interval(hits: Sequence[int], sizes: Sequence[int]) -> tuple[float, float, float]:
+    """A share over all tokens with its bootstrap interval over texts."""
+    pairs = list(zip(hits, sizes, strict=True))
+
+    def share(drawn: list[tuple[int, int]]) -> float:
+        return sum(hit for hit, _ in drawn) / max(1, sum(size for _, size in drawn))
+
+    return share(pairs), *interval(pairs, share)
 
 
 @torch.no_grad()
@@ -71,13 +83,6 @@ def judged(model: PreTrainedModel, tokenizer, prompts: list[str], written: list[
             loss = cross_entropy(mine, wanted, reduction="sum").item() if text else 0.0
             found.append((loss, int((mine.argmax(-1) == wanted).sum()) if text else 0))
     return found
-
-
-def measure(judge, tokenizer, prompts, written) -> tuple[float, float]:
-    """Perplexity under the large model, and the share of tokens on which it agrees, %."""
-    losses, same = zip(*judged(judge, tokenizer, prompts, written), strict=True)
-    count = max(1, sum(map(len, written)))
-    return math.exp(sum(losses) / count), 100 * sum(same) / count
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -115,72 +120,90 @@ def entropy_adaptive(options, large, threshold: float) -> EntropyAdaptiveLogitsP
 def compared(options, large, small, tokenizer, prompts: list[str]) -> str:
     """Quality against the share of the large model's tokens."""
 
-    def row(make) -> dict[str, list[float]]:
-        """Sampled with each seed, and once greedily."""
-        found: dict[str, list[float]] = {"perplexity": [], "agreement": [], "share": [], "run": []}
-        for seed in [*range(options.seeds), None]:
-            processor, model = make(seed or 0)
+    def write(processor, model, seed: int | None) -> tuple[list[list[int]], float, float]:
+        """What is written, the share of the large model's tokens, and how many it writes at a time. `None`: greedily."""
+        sampled = {"do_sample": False} if seed is None else {"do_sample": True, "top_k": 0, "temperature": 1.0}
+        if processor is not None:
+            sampled["custom_generate"] = hf_logits.generate
+        written, traces = [], []
+        for start in range(0, len(prompts), options.batch_size):
             # one batch at a time: the processor's trace is that of the last one
-            shares, lengths, written = [], [], []
-            for start in range(0, len(prompts), options.batch_size):
-                part = prompts[start : start + options.batch_size]
-                set_seed((seed or 0) * 1000 + start)
-                sampled = {"do_sample": False} if seed is None else {"do_sample": True, "top_k": 0, "temperature": 1.0}
-                if processor is not None:
-                    sampled["custom_generate"] = hf_logits.generate
-                written += continue_prompts(
-                    model, tokenizer, part, processor, tokens=options.tokens, batch_size=options.batch_size, **sampled
-                )
-                if processor is not None:
-                    trace = processor.stats.trace["large"]
-                    shares.append(float(trace.nanmean()))
-                    lengths.append(runs(trace))
-            perplexity, agreement = measure(large, tokenizer, prompts, written)
+            part = prompts[start : start + options.batch_size]
+            set_seed((seed or 0) * 1000 + start)
+            written += continue_prompts(
+                model, tokenizer, part, processor, tokens=options.tokens, batch_size=options.batch_size, **sampled
+            )
+            if processor is not None:
+                traces.append(processor.stats.trace["large"])
+        if not traces:
+            return written, float(model is large), 0.0
+        chosen = sum(float(trace.nansum()) for trace in traces)
+        share = chosen / sum(int((~trace.isnan()).sum()) for trace in traces)
+        return written, share, chosen / max(1, sum(begun(trace) for trace in traces))
+
+    seeds = [*range(options.seeds), None]
+    lines = []
+    points: dict[str, list[tuple[float, float, float, float]]] = {"entropy": [], "random": []}
+
+    def measure_all(title: str, kind: str | None, make) -> dict[int | None, tuple[float, float]]:
+        """Sampled with each seed, and once greedily; the shares and runs of all of them."""
+        found, perplexities, shares = {}, [], []
+        for seed in seeds:
+            written, share, run = write(*make(seed), seed)
+            found[seed] = share, run
+            losses, same = zip(*judged(large, tokenizer, prompts, written), strict=True)
+            sizes = [len(text) for text in written]
             if seed is None:
-                found["agreement"].append(agreement)
+                agreement = ratio_interval(same, sizes)
+                greedy_share = share
             else:
-                found["perplexity"].append(perplexity)
-                found["share"].append(statistics.fmean(shares) if shares else float(model is large))
-                found["run"].append(statistics.fmean(lengths) if lengths else 0.0)
+                perplexities.append(math.exp(sum(losses) / max(1, sum(sizes))))
+                shares.append(share)
+        spread = f" ± {statistics.stdev(perplexities):.1f}" if len(perplexities) > 1 else ""
+        mine = statistics.fmean(shares), statistics.fmean(perplexities), greedy_share, 100 * agreement[0]
+        low, high = (100 * value for value in agreement[1:])
+        lines.append(
+            [
+                title,
+                f"{100 * mine[0]:.0f}",
+                f"{mine[1]:.1f}{spread}",
+                f"{100 * mine[2]:.0f}",
+                f"{mine[3]:.1f} ({low:.1f} to {high:.1f})",
+            ]
+        )
+        if kind is not None:
+            points[kind].append(mine)
+        else:
+            ends.append(mine)
+        print(lines[-1], flush=True)
         return found
 
-    lines, points = [], {"entropy": [], "random": []}
-
-    def spread(values: list[float], form: str = ".1f") -> str:
-        return f"{statistics.fmean(values):{form}}" + (
-            f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-        )
-
-    def add(title: str, found: dict[str, list[float]], kind: str | None) -> None:
-        share = statistics.fmean(found["share"])
-        lines.append([title, f"{100 * share:.0f}", spread(found["perplexity"]), f"{found['agreement'][0]:.1f}"])
-        if kind is not None:
-            points[kind].append((share, statistics.fmean(found["perplexity"]), found["agreement"][0]))
-        print(lines[-1], flush=True)
-
-    alone = row(lambda seed: (None, small))
-    add("small model alone", alone, None)
+    ends: list[tuple[float, float, float, float]] = []
+    measure_all("small model alone", None, lambda seed: (None, small))
     for threshold in options.thresholds:
-        guided = row(lambda seed, threshold=threshold: (entropy_adaptive(options, large, threshold), small))
-        add(f"entropy above {threshold:g} bits", guided, "entropy")
-        share, run = statistics.fmean(guided["share"]), statistics.fmean(guided["run"])
-        control = row(
-            lambda seed, share=share, run=run: (RandomSwitching(large, share=share, run=run, seed=seed), small)
+        guided = measure_all(
+            f"entropy above {threshold:g} bits",
+            "entropy",
+            lambda seed, threshold=threshold: (entropy_adaptive(options, large, threshold), small),
         )
-        add("at random, as often", control, "random")
-    whole = row(lambda seed: (None, large))
-    add("large model alone", whole, None)
+        measure_all(
+            "at random, as often",
+            "random",
+            lambda seed, guided=guided: (
+                RandomSwitching(large, share=guided[seed][0], run=guided[seed][1], seed=seed or 0),
+                small,
+            ),
+        )
+    measure_all("large model alone", None, lambda seed: (None, large))
     if options.part == "test":
-        ends = [(0.0, statistics.fmean(alone["perplexity"]), alone["agreement"][0])]
-        ends.append((1.0, statistics.fmean(whole["perplexity"]), whole["agreement"][0]))
         draw(points, ends, options.output / "tradeoff.png")
     head = (
         f"{options.prompts} questions and wishes of the {options.part} part, {options.tokens} tokens each. Perplexity under the large model of what was "
         f"sampled at temperature 1, with {options.seeds} seeds (mean ± standard deviation); agreement: of greedily written tokens, those that the large "
-        f"model would have chosen there. Window {options.window}, minimum stay {options.min_stay}. The small model has "
+        f"model would have chosen there (95 % over prompts). Window {options.window}, minimum stay {options.min_stay}. The small model has "
         f"{small.config.num_hidden_layers} of {large.config.num_hidden_layers} layers, {small.num_parameters() / large.num_parameters():.0%} of the parameters."
     )
-    columns = ["", "tokens of the large model, %", "perplexity", "agreement, %"]
+    columns = ["", "large model's tokens, sampled, %", "perplexity", "large model's tokens, greedy, %", "agreement, %"]
     return f"{head}\n\n{table(columns, lines)}\n"
 
 
@@ -223,14 +246,15 @@ def timed(options, large, small, tokenizer, prompts: list[str]) -> str:
     return f"{head}\n\n{table(['', 'tokens of the large model, %', 'time, of the large model alone'], lines)}\n"
 
 
-def draw(
-    points: dict[str, list[tuple[float, float, float]]], ends: list[tuple[float, float, float]], path: Path
-) -> None:
+def draw(points: dict[str, list[tuple]], ends: list[tuple], path: Path) -> None:
     figure, axes = plt.subplots(ncols=2, figsize=(9, 3.5))
-    for axis, place, title in ((axes[0], 1, "perplexity under the large model"), (axes[1], 2, "agrees with it, %")):
+    titles = "perplexity under the large model, sampled", "agrees with it, greedy, %"
+    for axis, place, title in zip(axes, (0, 2), titles, strict=True):
         for kind, found in points.items():
-            whole = sorted([*found, *ends])
-            axis.plot([100 * one[0] for one in whole], [one[place] for one in whole], marker="o", label=f"by {kind}")
+            whole = sorted([*found, *ends], key=lambda one: one[place])
+            axis.plot(
+                [100 * one[place] for one in whole], [one[place + 1] for one in whole], marker="o", label=f"by {kind}"
+            )
         axis.set_xlabel("tokens of the large model, %")
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
