@@ -195,6 +195,9 @@ class _Encoder:
         return index
 
     def _reference(self, model: Any, name: str) -> dict[str, Any]:
+        whole: Any = self.main_model.get_base_model() if isinstance(self.main_model, PeftModel) else self.main_model
+        if whole is not None and model is not self.main_model and _is_part(model, whole):
+            return {"kind": "layers", "of": self.model(self.main_model), "layers": list(model.config.kept_layers)}
         origin = origin_of(model)
         if origin is not None:
             origin |= {"task": _task(model), "dtype": str(model.dtype).removeprefix("torch.")}
@@ -204,9 +207,6 @@ class _Encoder:
             return self._adapters(model, name)
         if origin is not None:
             return {"kind": "hub", **origin}
-        whole: Any = self.main_model.get_base_model() if isinstance(self.main_model, PeftModel) else self.main_model
-        if whole is not None and _is_part(model, whole):
-            return {"kind": "layers", "of": self.model(self.main_model), "layers": list(model.config.kept_layers)}
         model.save_pretrained(self.folder / name, state_dict=_without_adapters(model))
         return {"kind": "folder", "task": _task(model), "folder": name}
 
@@ -281,8 +281,15 @@ def _is_part(model: PreTrainedModel, whole: PreTrainedModel) -> bool:
     kept = getattr(model.config, "kept_layers", None)
     if not kept or getattr(whole.config, "kept_layers", None) is not None or type(model) is not type(whole):
         return False
-    ours, theirs = _without_adapters(model), _without_adapters(keep_layers(whole, kept))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name].to(ours[name])) for name in ours)
+    try:
+        part = keep_layers(whole, kept)
+    except (TypeError, ValueError):  # the layers of another model
+        return False
+    ours, theirs = _without_adapters(model), _without_adapters(part)
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name].to(ours[name].device))
+        for name in ours
+    )
 
 
 def _task(model: PreTrainedModel) -> str:

@@ -257,6 +257,18 @@ def test_layers_that_were_trained_since_are_stored_themselves(tmp_path):
     assert sorted(kinds) == ["folder", "layers", "main"]
 
 
+def test_layers_of_another_model_or_in_another_dtype_are_stored_themselves(tmp_path):
+    main = tiny.llama(num_hidden_layers=2)
+    other = keep_layers(tiny.llama(seed=3, num_hidden_layers=4), [0, 3])
+    rounded = keep_layers(main, [0], share=False).bfloat16()
+    for name, part in (("other", other), ("rounded", rounded)):
+        DynamicFusionLogitsProcessor(part, part).save_pretrained(tmp_path / name, main_model=main)
+        kinds = [model["kind"] for model in json.loads((tmp_path / name / RECIPE_FILE).read_text())["models"]]
+        assert kinds == ["folder"]
+    loaded = DynamicFusionLogitsProcessor.from_pretrained(tmp_path / "rounded", main_model=main)
+    assert loaded.small_model.dtype == torch.bfloat16
+
+
 def test_a_model_that_two_processors_read_is_saved_and_loaded_once(tmp_path):
     main, amateur = tiny.llama(0), tiny.gpt2(1)
     processors = [

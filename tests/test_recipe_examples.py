@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import random
+import re
 import sys
 import zipfile
 from collections import Counter
@@ -263,7 +264,7 @@ def test_the_refusal_tokens(examples, wheels, small, tmp_path):
     assert recipe["processors"][0]["method"] == "refusal_tokens"
     examples("refusal_tokens/evaluate").main(shared)
     text = (output / "results.md").read_text()
-    assert "makes the same decisions" in text and (output / "rates.png").is_file()
+    assert re.search(r"begins (\d+) of \1 answers as", text) and (output / "rates.png").is_file()
     assert text.count("| all 0.") == 8
     # one threshold moves: its own column falls, the others stay
     moved = [line.split("|")[1:-1] for line in text.split("alone moves")[1].splitlines() if line.startswith("| ")][1:]
@@ -272,30 +273,22 @@ def test_the_refusal_tokens(examples, wheels, small, tmp_path):
     assert counts[0][3] >= counts[1][3] >= counts[2][3] == 0
 
 
+def test_what_is_shipped_stays_small():
+    found = [path for path in FOLDER.rglob("*") if path.suffix in (".safetensors", ".json", ".png", ".md")]
+    assert sum(path.stat().st_size for path in found) <= 40e6
+
+
 # --- a small model, and what it is for ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning")
 def test_a_healed_model_writes_with_the_large_one_and_teaches_it(examples, wheels, small, tmp_path, monkeypatch):
+    pytest.importorskip("vaderSentiment")
     monkeypatch.setattr(examples("rated_sentences"), "rated_sentences", moody)
     output, fused = tmp_path / "pair", tmp_path / "fused"
     shared = ["--model", small, "--output", str(output), "--device", "cpu"]
-    settings = [
-        "--dropped",
-        "1",
-        "2",
-        "--conversations",
-        "12",
-        "--tokens",
-        "4",
-        "--batch",
-        "4",
-        "--rank",
-        "2",
-        "--sentences",
-        "8",
-    ]
+    settings = "--dropped 1 2 --conversations 12 --tokens 4 --batch 4 --rank 2 --stored-rank 1 --sentences 8".split()
     examples("entropy_adaptive/train").main([*shared, *settings, "--epochs", "1"])
     assert json.loads((output / "healed" / "layers.json").read_text()) == {"kept_layers": [0]}
     assert json.loads((output / "logits_processor.json").read_text())["models"] == [{"kind": "main"}]
@@ -303,7 +296,7 @@ def test_a_healed_model_writes_with_the_large_one_and_teaches_it(examples, wheel
     measured = ["--prompts", "4", "--tokens", "4", "--seeds", "2", "--thresholds", "0", "9"]
     examples("entropy_adaptive/evaluate").main([*shared, *measured])
     lines = [line for line in (output / "results.md").read_text().splitlines() if line.startswith("| ")][1:]
-    shares = {line.split("|")[1].strip(): int(line.split("|")[2]) for line in lines}
+    shares = {line.split("|")[1].strip(): int(line.split("|")[4]) for line in lines}
     assert shares["small model alone"] == 0 and shares["large model alone"] == 100
     assert shares["entropy above 9 bits"] == 0 and shares["entropy above 0 bits"] > 60
     assert (output / "tradeoff.png").is_file()
@@ -323,6 +316,7 @@ def test_a_healed_model_writes_with_the_large_one_and_teaches_it(examples, wheel
 
 
 def test_marks_for_a_kind_and_a_sentiment(examples, monkeypatch):
+    pytest.importorskip("vaderSentiment")
     monkeypatch.setattr(examples("rated_sentences"), "rated_sentences", moody)
     task = examples("fusion_kinds/task")
     row = {"question": "", "kind": "film review", "sentiment": "positive"}
@@ -362,7 +356,7 @@ def exams(examples, tmp_path, monkeypatch):
             read = {"dataset_name": source, "fewshot_config": {"samples": samples}}
             exam[f"lm_eval/tasks/mmlu/flan_cot_fewshot/mmlu_{source}.yaml"] = yaml.safe_dump(read)
     found = {"chatterbot-corpus": packed(tmp_path / "talk.whl", talk), "lm-eval": packed(tmp_path / "exam.whl", exam)}
-    monkeypatch.setattr(examples("harmful_requests"), "package_file", lambda package, version, file: found[package])
+    monkeypatch.setattr(examples("packages"), "package_file", lambda package, version, file: found[package])
     rated = [(f"tweet {text('prehistory')} {i}", 1.0) for i in range(80)]
     monkeypatch.setattr(module, "rated_sentences", lambda kinds: dict.fromkeys(kinds, rated))
     return module

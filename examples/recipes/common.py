@@ -18,7 +18,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # figures go to files
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
-from peft import PeftModel  # noqa: E402
+from peft import PeftModel, save_as_lora  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from smollm2 import load  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
@@ -56,10 +57,16 @@ def halve(model: PeftModel) -> None:
             parameter.data = parameter.data.half()
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """An adapter in half precision, without PEFT's empty card and this machine's paths."""
-    halve(model)
-    model.save_pretrained(folder, save_embedding_layers=False)
+def save_adapter(model: PeftModel, folder: Path, *, rank: int | None = None) -> None:
+    """An adapter in half precision, without PEFT's empty card and this machine's paths. `rank`: its best approximation of this rank."""
+    if rank is None:
+        halve(model)
+        model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        save_as_lora(folder, model, rank=rank)
+        weights = load_file(folder / "adapter_model.safetensors")
+        halved = {name: weight.half().contiguous() for name, weight in weights.items()}
+        save_file(halved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": None}
@@ -164,11 +171,11 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def percent(values: list[float], *, signed: bool = False) -> str:
+def percent(values: Sequence[float], *, signed: bool = False, digits: int = 0) -> str:
     """The mean and its interval, in percent."""
-    low, high = interval(values, mean)
-    sign = "+" if signed else ""
-    return f"{100 * mean(values):{sign}.0f} ({100 * low:{sign}.0f} to {100 * high:{sign}.0f})"
+    form = f"{'+' if signed else ''}.{digits}f"
+    middle, low, high = (format(100 * value, form) for value in (mean(values), *interval(values, mean)))
+    return f"{middle} ({low} to {high})"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,8 +2,8 @@
 
 The texts are MMLU's worked examples, as lm-eval 0.4.13 has them (MIT), a few subjects of chatterbot-corpus 1.3.3 (BSD-3), and some of the
 VADER paper's sentences of reviews (vaderSentiment 0.5, MIT). A topic is one word. The topics of validation and test are never topics in
-training, under whatever name: what is near to them is left out altogether (*prehistory*, *econometrics*, *anatomy*, *virology*, *money*),
-and so are collections without a topic (*miscellaneous*, *trivia*, *gossip*, ...).
+training, under whatever name: what is nearest to them is left out altogether (*prehistory*, *econometrics*, *anatomy*, *virology*, *money*; but
+*medicine* and *accounting* are in training), and so are collections without a topic (*miscellaneous*, *trivia*, *gossip*, ...).
 """
 
 import math
@@ -167,12 +167,16 @@ def typical_words(own: Sequence[str], contrasts: Sequence[Sequence[str]], topic:
 
 @cache
 def judges(part: str, count: int = 20) -> dict[str, frozenset[str]]:
-    """Typical words of each topic of a held-out part. Training saw none of the texts that tell: those of both held-out parts, and tweets."""
-    held_out = [*documents("validation"), *documents("test")]
+    """Typical words of each topic of a held-out part, by the texts of that part and by tweets.
+
+    No word that any training text has, the control codes among them, is one of these.
+    """
     tweets = [text for text, _ in rated_sentences(("tweets",))["tweets"]]
+    learned = {"true", "false"} | {word for text, _ in documents("train") for word in words_of(text)}
     found = {}
     for topic in TOPICS[part]:
-        own = [text for text, its in held_out if its == topic]
-        others = [text for text, its in held_out if its != topic]
-        found[topic] = frozenset(typical_words(own, [others, tweets], topic, count=count))
+        own = [text for text, its in documents(part) if its == topic]
+        others = [text for text, its in documents(part) if its != topic]
+        words = typical_words(own, [others, tweets], topic, count=10**6)
+        found[topic] = frozenset([word for word in words if word not in learned][:count])
     return found

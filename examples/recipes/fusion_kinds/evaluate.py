@@ -13,7 +13,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parent))
 
-from common import BATCH_SIZE, continue_prompts, interval, mean, models, parser, table
+import torch
+from common import BATCH_SIZE, continue_prompts, mean, models, parser, percent, table
 from matplotlib import pyplot as plt
 from peft import PeftModel
 from task import examples, marks
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     weights = {}
     for name, make in ways.items():
         model, processor = make()
-        said = []
+        said, traced = [], []
         for start in range(0, len(prompts), options.batch_size):
             part = prompts[start : start + options.batch_size]
             written = continue_prompts(
@@ -77,8 +78,10 @@ def main(arguments: list[str] | None = None) -> None:
                 do_sample=False,
             )
             said += [tokenizer.decode(ids) for ids in written]
-        if processor is not None and "weight" in processor.stats.trace:
-            weights[name] = float(processor.stats.trace["weight"].nanmean())
+            if processor is not None:
+                traced.append(processor.stats.trace["weight"].flatten())
+        if traced:
+            weights[name] = float(torch.cat(traced).nanmean())
         scores[name] = [marks(row, text) for row, text in zip(rows, said, strict=True)]
         print(name, [round(100 * mean(values), 1) for values in zip(*scores[name], strict=True)], flush=True)
 
@@ -86,11 +89,10 @@ def main(arguments: list[str] | None = None) -> None:
     lines = []
     for name, found in scores.items():
         both, kinds, feelings = (list(values) for values in zip(*found, strict=True))
-        low, high = interval(both, mean)
         lines.append(
             [
                 name,
-                f"{100 * mean(both):.1f} ({100 * low:.1f} to {100 * high:.1f})",
+                percent(both, digits=1),
                 f"{100 * mean(kinds):.1f}",
                 f"{100 * mean(feelings):.1f}",
                 f"{100 * (mean(both) - start) / (end - start):.0f}" if end > start else "",
@@ -98,12 +100,11 @@ def main(arguments: list[str] | None = None) -> None:
             ]
         )
     differences = [a[0] - b[0] for a, b in zip(scores[DYNAMIC], scores[PROXY], strict=True)]
-    low, high = interval(differences, mean)
     columns = ["", "both right, % (95 %)", "kind, %", "sentiment, %", "of the gap closed, %", "mean weight"]
     text = (
         f"{len(rows)} sentences of the {options.part} part, as many of each kind and sentiment as there are up to {options.rows // 8}; greedy. Dynamic fusion less "
-        f"proxy-tuning: {100 * mean(differences):+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}). The gap is that between the large model and itself "
-        f"fine-tuned; the weight that of the last batch.\n\n{table(columns, lines)}\n"
+        f"proxy-tuning: {percent(differences, signed=True, digits=1)} points. The gap is that between the large model and itself "
+        f"fine-tuned.\n\n{table(columns, lines)}\n"
     )
     print(text)
     if options.part == "test":

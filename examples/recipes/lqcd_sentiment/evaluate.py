@@ -2,7 +2,7 @@
 
     python examples/recipes/lqcd_sentiment/evaluate.py --sentences 100        # an hour or less on two cores
     python examples/recipes/lqcd_sentiment/evaluate.py                        # a minute on a GPU
-    python examples/recipes/lqcd_sentiment/evaluate.py --part validation --try-wordings     # what the wording was chosen by
+    python examples/recipes/lqcd_sentiment/evaluate.py --part validation --try-wordings --shots 0 2 4 --sentences 400     # what the wording was chosen by
 
 There is nothing to train. Prints tables and writes `results.md` and `leads.png` into the recipe's folder.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from common import interval, mean, models, parser, table
+from common import interval, mean, models, parser, percent, table
 from matplotlib import pyplot as plt
 from sentiment import sentences
 
@@ -141,11 +141,6 @@ def measures(golds: Sequence[str], neutral: Sequence[str], led: dict[str, list[s
 
 def accuracy(answers: Sequence[str], golds: Sequence[str]) -> list[float]:
     return [float(answer == gold) for answer, gold in zip(answers, golds, strict=True)]
-
-
-def percent(values: Sequence[float]) -> str:
-    low, high = interval(values, mean)
-    return f"{100 * mean(values):.0f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def try_wordings(model, tokenizer, rows: Sequence[Sentence], options) -> None:

@@ -107,10 +107,13 @@ def main(arguments: list[str] | None = None) -> None:
     text += table([f"threshold of {moved}", *names], lines)
 
     said = decisions(model, tokenizer, processor, [row["prompt"] for row in rows["test"]])
-    by_name = {token: name for name, token in TOKENS.categories.items()}
-    counted = as_such(scores["test"], names, calibrated)
-    agree = all(sum(by_name.get(token) == name for token in said) == counted[name] for name in names)
-    text += f"\n\nThe processor, generating, makes {'the same' if agree else 'OTHER'} decisions.\n"
+    tokens = [TOKENS.categories[name] for name in names]
+    bounds = np.array([calibrated[name] for name in names])
+    best = scores["test"].argmax(-1)
+    refused = scores["test"].max(-1) >= bounds[best]
+    expected = [tokens[place] if refuses else TOKENS.respond for place, refuses in zip(best, refused, strict=True)]
+    same = sum(a == b for a, b in zip(said, expected, strict=True))
+    text += f"\n\nThe processor, generating, begins {same} of {len(said)} answers as these tables say.\n"
     print(text)
     (options.output / "results.md").write_text(text, encoding="utf-8")
     draw(scores["test"], names, labels, options.output / "rates.png")

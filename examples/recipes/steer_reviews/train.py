@@ -30,8 +30,8 @@ CONTRAST, REPULSION = 0.2, 0.6
 def main(arguments: list[str] | None = None) -> None:
     made = parser(__doc__, Path(__file__).parent)
     made.add_argument("--rows", type=int, help="sentences that are learned; all if left out")
-    made.add_argument("--epochs", type=float, default=1.0)
-    made.add_argument("--batch", type=int, default=16, help="sentences in a step")
+    made.add_argument("--epochs", type=float, default=2.0)
+    made.add_argument("--batch", type=int, default=32, help="sentences in a step")
     made.add_argument("--learning-rate", type=float, default=5e-4)
     made.add_argument("--bf16", action="store_true", help="autocast: quicker where the processor knows bfloat16")
     made.add_argument("--rank", type=int, default=8, help="of the adapter")
