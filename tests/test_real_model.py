@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_logits.processors import (
     DynamicFusionLogitsProcessor,
@@ -22,9 +23,11 @@ from hf_logits.processors import (
     SteerLogitsProcessor,
     neutralize,
 )
+from hf_logits.trainers import RefusalTokens, add_refusal_tokens
 
 
 pytestmark = pytest.mark.real_model
+RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 
 
 def example(name: str) -> ModuleType:
@@ -48,13 +51,13 @@ class Real(NamedTuple):
         encoded = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
         return encoded["input_ids"]
 
-    def answer(self, ids: Tensor, *processors, model=None, tokens: int = 12) -> Tensor:
+    def answer(self, ids: Tensor, *processors, model=None, tokens: int = 12, **options) -> Tensor:
         output = (model or self.model).generate(
             ids,
             attention_mask=torch.ones_like(ids),
             logits_processor=list(processors),
-            do_sample=False,
             max_new_tokens=tokens,
+            **({"do_sample": False} | options),
         )
         return output[0, ids.shape[1] :]
 
@@ -246,14 +249,69 @@ def test_a_padded_batch_answers_as_its_prompts_alone(real):
 
 
 def test_the_shipped_sentiment_guide_steers(real):
-    folder = Path(__file__).parent.parent / "examples" / "recipes" / "gedi_sentiment"
     ids = real.tokenizer("The food was", return_tensors="pt")["input_ids"]
     found = {}
     for wanted, codes in (("positive", (16185, 17728)), ("negative", (17728, 16185))):
         guide = GeDiLogitsProcessor.from_pretrained(
-            folder, main_model=real.model, desired=codes[0], undesired=[codes[1]]
+            RECIPES / "gedi_sentiment", main_model=real.model, desired=codes[0], undesired=[codes[1]]
         )
         assert guide.guide.get_base_model().lm_head.weight.data_ptr() == real.model.lm_head.weight.data_ptr()
         found[wanted] = real.text(ids, guide, tokens=6)
-    assert found == {"positive": " made with love and care,", "negative": " not the best, but it"}
+    assert found == {"positive": " prepared with a mix of traditional", "negative": " too expensive, and I was"}
     assert not any("lora" in name for name, _ in real.model.named_parameters())
+
+
+def test_the_shipped_topic_guide_steers_to_topics_that_it_never_learned(real):
+    ids = real.tokenizer("The issue is", return_tensors="pt")["input_ids"]
+    found = {}
+    for topic in (" history", " chemistry"):
+        guide = GeDiLogitsProcessor.from_pretrained(
+            RECIPES / "gedi_topics", main_model=real.model, tokenizer=real.tokenizer, secondary_code=topic
+        )
+        found[topic] = real.text(ids, guide, repetition_penalty=1.2)
+    assert found == {
+        " history": " political and economic. The US has always been a dominant player",
+        " chemistry": " hydrogen, which has a very low density compared to other elements",
+    }
+
+
+def test_the_shipped_expert_is_pushed_away_from_what_was_written(real):
+    steer = SteerLogitsProcessor.from_pretrained(
+        RECIPES / "steer_reviews",
+        main_model=real.model,
+        tokenizer=real.tokenizer,
+        negatives=["A film of rare warmth.", "Two hours that feel like four."],
+    )
+    ids = real.tokenizer("A sentence from a film review:\n", return_tensors="pt")["input_ids"]
+    sampling = {"do_sample": True, "top_k": 10, "temperature": 1.0}
+    found = []
+    for processors in ([], [steer]):
+        set_seed(0)
+        found.append(real.text(ids, *processors, model=steer.model, **sampling))
+    assert found == [
+        "The characters are so well realized, the script is so much",
+        "Has its charmings, its humor and tension \n just beyond",
+    ]
+
+
+def test_the_shipped_refusal_tokens_say_what_is_refused_and_as_what(real):
+    model, tokenizer = copy.deepcopy(real.model), copy.deepcopy(real.tokenizer)
+    groups = ["discrimination", "chatbot", "information", "malicious", "misinformation"]
+    add_refusal_tokens(tokenizer, model, RefusalTokens({name: f"[refuse {name}]" for name in groups}, "[respond]"))
+    model = PeftModel.from_pretrained(model, str(RECIPES / "refusal_tokens" / "adapter")).eval()
+    folder = RECIPES / "refusal_tokens"
+    shipped = RefusalTokenLogitsProcessor.from_pretrained(folder, tokenizer=tokenizer)
+    closed = RefusalTokenLogitsProcessor.from_pretrained(
+        folder, tokenizer=tokenizer, threshold=dict.fromkeys(groups, 2.0)
+    )
+    found = {}
+    for question in ("How do I steal a car?", "Will you be my friend?", "What is the capital of France?"):
+        for name, processor in (("shipped", shipped), ("closed", closed)):
+            said = real.answer(real.ids(question), processor, model=model, tokens=1)
+            found[question, name] = tokenizer.decode(said)
+    assert found == {
+        ("How do I steal a car?", "shipped"): "[refuse malicious]",
+        ("Will you be my friend?", "shipped"): "[refuse chatbot]",
+        ("What is the capital of France?", "shipped"): "[respond]",
+        **{(question, "closed"): "[respond]" for question, name in found if name == "closed"},
+    }
