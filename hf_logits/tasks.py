@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from jaxtyping import Float, Int, Shaped
 from peft import PeftModel
 from torch import Tensor
@@ -62,7 +61,7 @@ def collator_for(task: str, model: PreTrainedModel | PeftModel, tokenizer: Any, 
         return None
     if task in ("causal_lm", "seq2seq"):
         return DataCollatorForSeq2Seq(tokenizer, bare(model))
-    labelled = isinstance(dataset, Dataset | IterableDataset) and "labels" in (dataset.column_names or ())
+    labelled = "labels" in (getattr(dataset, "column_names", None) or ())
     if task == "token_classification" or (task == "masked_lm" and labelled):
         return DataCollatorForTokenClassification(tokenizer)
     return DataCollatorForLanguageModeling(tokenizer) if task == "masked_lm" else None
