@@ -17,11 +17,11 @@ from transformers.utils import logging
 
 from hf_logits.checks import check_choice, check_count, check_number
 from hf_logits.completions import pad_id
+from hf_logits.correlation import average_ranks
 from hf_logits.fused_head import Head, fused_log_probs
 from hf_logits.hidden import backbone
 from hf_logits.preferences import require_columns
 from hf_logits.reading import Model, evaluating
-from hf_logits.ridge import average_ranks
 from hf_logits.sequences import batches_of_like_size
 from hf_logits.tasks import bare
 
