@@ -92,7 +92,7 @@ def combined_scores(
     """One score a sample, `hmg_weight * f(HMG) + (1 - hmg_weight) * g(CAM)`; see [`select_top`]. No NaN in either."""
     hmg, cam = hmg.double(), cam.double()
     if combine == "rank":
-        hmg, cam = (average_ranks(values) / len(values) for values in (hmg, cam))
+        hmg, cam = (torch.from_numpy(average_ranks(values.cpu().numpy()) / len(values)) for values in (hmg, cam))
     elif combine == "zscore":
         hmg, cam = (_standardised(values) for values in (hmg, cam))
     else:

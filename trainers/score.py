@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -304,7 +304,7 @@ class SCoReTrainer(EpochOrderMixin, GRPOTrainer):
             )
         self._second_turn(next(iter(train_dataset))["prompt"])  # a template that cannot do it is said at once
         # Given to the host's `__init__`, it would warn that rollout functions are experimental.
-        self.rollout_func = self._attempt_twice
+        self.rollout_func = cast(Any, self._attempt_twice)
         self._attempts: list[tuple[list[int], list[int], list[int]]] = []
         self._rewards: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
         self._log_probs: Tensor | None = None
@@ -325,12 +325,15 @@ class SCoReTrainer(EpochOrderMixin, GRPOTrainer):
 
     def _second_turn(self, prompt: Prompt) -> SecondTurn:
         return second_turn(
-            prompt, self.args.score_correction_prompt, self.processing_class, **self.chat_template_kwargs
+            prompt,
+            self.args.score_correction_prompt,
+            cast(Any, self.processing_class),
+            **cast(Any, self.chat_template_kwargs),
         )
 
     def _attempt_twice(self, prompts: list[Prompt], trainer: Any) -> dict[str, Any]:
         """Both attempts as one completion, in which the environment's tokens, between the two, are masked."""
-        generations = self.num_generations if self.model.training else self.num_generations_eval
+        generations = self.num_generations if cast(Any, self.model).training else self.num_generations_eval
         turns: dict[str, SecondTurn] = {}
         for prompt in prompts:
             key = json.dumps(prompt)
@@ -341,7 +344,7 @@ class SCoReTrainer(EpochOrderMixin, GRPOTrainer):
             turns[json.dumps(prompt)].after(answer, self.eos_token_ids)
             for prompt, answer in zip(prompts, first, strict=True)
         ]
-        again = [sum(parts, []) for parts in zip(prompt_ids, first, between, strict=True)]
+        again: list[list[int]] = [sum(parts, []) for parts in zip(prompt_ids, first, between, strict=True)]
         # No two of these prompts are alike: one answer each.
         second, second_log_probs = self._generate_single_turn(again, None, {}, 1)
         self._attempts = list(zip(first, between, second, strict=True))
@@ -361,7 +364,7 @@ class SCoReTrainer(EpochOrderMixin, GRPOTrainer):
         found = []
         for attempt in (0, 2):
             ids = [row[attempt] for row in self._attempts]
-            texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+            texts = cast(Any, self.processing_class).batch_decode(ids, skip_special_tokens=True)
             answers = [
                 text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
                 for prompt, text in zip(prompts, texts, strict=True)
@@ -385,13 +388,13 @@ class SCoReTrainer(EpochOrderMixin, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        training, rows = self.model.training, len(inputs)
+        training, rows = cast(Any, self.model).training, len(inputs)
         first, second = turn_advantages(
             *self._rewards,
             stage=self.args.score_stage,
             alpha=self.args.score_alpha,
             credit=self.args.score_turn1_credit or DEFAULT_CREDIT[self.args.score_stage],
-            group=self.num_generations if training else self.num_generations_eval,
+            group=cast(int, self.num_generations if training else self.num_generations_eval),
         )
         lengths = torch.tensor([[len(part) for part in attempt] for attempt in self._attempts], device=first.device)
         turn_1, turn_2 = turn_masks(lengths, output["completion_ids"].size(1))
@@ -402,7 +405,7 @@ class SCoReTrainer(EpochOrderMixin, GRPOTrainer):
         truncated = torch.tensor(cut, device=first.device)
         if self.args.mask_truncated_completions:  # the host sees the last token only, which is the second attempt's
             output["completion_mask"] = output["completion_mask"] * (~truncated.any(1))[:, None].int()
-        logged = self._logs["advantages"]  # the host's own are not used
+        logged: Any = self._logs["advantages"]  # the host's own are not used
         for _ in range(len(second)):
             logged.pop()
         logged.extend(second.tolist())
@@ -444,7 +447,7 @@ class SCoReTrainer(EpochOrderMixin, GRPOTrainer):
         away = inputs["ref_per_token_logps"] - log_probs
         kl = away.exp() - away - 1
         kept = (kl.detach() * mask).sum(-1).mean()
-        training = self.model.training
+        training = cast(Any, self.model).training
         metrics = self._metrics["train" if training else "eval"]
         metrics["score/kl_1"].append(self.accelerator.gather(kept).mean().item())
         if self.args.score_stage == 2 or self.args.score_beta2 == 0:

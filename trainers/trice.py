@@ -146,7 +146,8 @@ class TRICEConfig(GRPOConfig):
             steps = self.steps_per_generation or self.gradient_accumulation_steps
             self._check_even(self.per_device_train_batch_size * steps)
         super().__post_init__()
-        steps, processes = self.steps_per_generation, self.world_size
+        processes = self.world_size
+        steps = self.steps_per_generation
         assert steps is not None and self.generation_batch_size is not None
         self._check_even(self.generation_batch_size // processes)
         if self.gradient_accumulation_steps % steps:
@@ -324,7 +325,7 @@ class TRICETrainer(ResumableMixin, GRPOTrainer):
     # --- pairs -----------------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
-        stock = super()._get_train_sampler(dataset)
+        stock: Any = super()._get_train_sampler(dataset)
         return _EpochSampler(stock, self.args.seed, lambda: int(self.state.epoch or 0)) if stock.shuffle else stock
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -422,7 +423,8 @@ class TRICETrainer(ResumableMixin, GRPOTrainer):
             metrics["trice/beta"].append(rates.mean().item() if len(rates) else 0.0)
         metrics["trice/rows"].append(rows * self.accelerator.num_processes / weights.numel())
         metrics["trice/unjudged"].append(unjudged.float().mean().item())
-        self._logs["advantages"].extend(weights.flatten().tolist())  # holds one generation batch: these replace GRPO's
+        logged: Any = self._logs["advantages"]
+        logged.extend(weights.flatten().tolist())  # holds one generation batch: these replace GRPO's
         self._counts = [self._counts[0] + len(right), self._counts[1] + int(right.sum())]
         if unjudged.any():
             logger.warning_once(

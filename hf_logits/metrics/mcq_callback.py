@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -20,7 +20,11 @@ Measure = Callable[[ChoiceTable, Sequence[int]], Mapping[str, Any]]
 
 def measure_table(table: ChoiceTable, references: Sequence[int]) -> dict[str, Any]:
     """Attentiveness and the chain of scores."""
-    given = {"prior_logprobs": table.prior_logprobs, "lengths": table.lengths, "distinct": table.distinct}
+    given: dict[str, Any] = {
+        "prior_logprobs": table.prior_logprobs,
+        "lengths": table.lengths,
+        "distinct": table.distinct,
+    }
     return mcq_chain(table.logprobs, references) | attentiveness(table.logprobs, references, **given)
 
 
@@ -113,7 +117,7 @@ class MCQEvalCallback(TrainerCallback):
         with trainer.compute_loss_context_manager():
             table = choice_logprobs(
                 accelerator.unwrap_model(trainer.model),
-                self.tokenizer,
+                cast(Any, self.tokenizer),
                 prompts,
                 choices,
                 prior=None if self._questions[0][2] is None else priors,

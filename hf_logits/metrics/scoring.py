@@ -206,7 +206,7 @@ def _encode(
     texts = [text, *(text + gap(one) + one for one in choices)]
     alone, *whole = [front + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     shared = min(_common(alone, ids) for ids in whole)
-    melted = tokenizer.decode(alone[shared:]) if shared < len(alone) else ""
+    melted: Any = tokenizer.decode(alone[shared:]) if shared < len(alone) else ""
     if melted.strip():
         logger.warning_once(
             f"The prompt's end {melted!r} melts into a choice when both are tokenized, and is scored with the choices of its prompt: "
@@ -266,7 +266,7 @@ def _score(
         questions += [(before, own[start : start + most]) for start in range(0, len(own), most)]
     engine = AuxiliaryLM(model, score_tokens=False if processors else "generated")
     window = _checked_window(model, questions)
-    found = {}
+    found: dict[Any, Any] = {}
     for batch in _batches(questions, batch_size, window, sort=not processors, alike=not engine.pads_exactly):
         sums = _steered(engine, batch, pad, processors) if processors else _plain(engine, batch, pad)
         if bool(sums.isnan().any()):

@@ -120,7 +120,7 @@ def verbalizer_gap(
     # the class that naturally has a word
     natural = [words[one] for one, group in group_of.items() if group == "natural"]
     meant, asked = [], 0
-    for place in np.flatnonzero([group == "unnatural" for group in groups]):
+    for place in np.flatnonzero([group == "unnatural" for group in groups]).tolist():
         own = words[verbalizers[place]]
         known = next((one for one in natural if sorted(one) == sorted(own)), None)
         if known is not None:
