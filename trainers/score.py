@@ -406,7 +406,7 @@ class SCoReTrainer(EpochOrderMixin, GRPOTrainer):
         if self.args.mask_truncated_completions:  # the host sees the last token only, which is the second attempt's
             output["completion_mask"] = output["completion_mask"] * (~truncated.any(1))[:, None].int()
         logged: Any = self._logs["advantages"]  # the host's own are not used
-        for _ in range(len(second)):
+        for _ in range(min(len(second), len(logged))):  # it holds no more than a generation batch of training
             logged.pop()
         logged.extend(second.tolist())
         self._record_attempts(truncated.float(), training)

@@ -143,8 +143,8 @@ class TRICEConfig(GRPOConfig):
             if given != value:
                 raise ValueError(f"TRICE needs {name}={value!r}, its default, got {given!r}: see TRICEConfig.")
         if self.generation_batch_size is None:
-            steps = self.steps_per_generation or self.gradient_accumulation_steps
-            self._check_even(self.per_device_train_batch_size * steps)
+            turns = self.steps_per_generation or self.gradient_accumulation_steps
+            self._check_even(self.per_device_train_batch_size * turns)
         super().__post_init__()
         processes = self.world_size
         steps = self.steps_per_generation
