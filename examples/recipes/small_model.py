@@ -37,11 +37,17 @@ def healed(model: PreTrainedModel, folder: Path = HEALED) -> PreTrainedModel:
     return PeftModel.from_pretrained(part, str(folder)).merge_and_unload().eval()
 
 
-def chats(tokenizer: PreTrainedTokenizerBase, part: str, count: int, seed: int = 0) -> list[str]:
-    """Questions and wishes of a part, in the chat template: small talk, exam questions, and wishes about sentences."""
+def chats(tokenizer: PreTrainedTokenizerBase, part: str, count: int, seed: int = 0, *, longest: int = 60) -> list[str]:
+    """Questions and wishes of a part, in the chat template: small talk, exam questions, and wishes about sentences.
+
+    Args:
+        longest: words that a sentence or question has at most.
+    """
     rng = random.Random(seed)
-    asked = [row["prompt"] for row in requests(part) if row["label"] == "respond"]
-    texts = [text for text, _ in sentences(part, clear=0.0) if 6 <= len(text.split()) <= 60]
+    asked = [
+        row["prompt"] for row in requests(part) if row["label"] == "respond" and len(row["prompt"].split()) <= longest
+    ]
+    texts = [text for text, _ in sentences(part, clear=0.0) if 6 <= len(text.split()) <= longest]
     found = rng.sample(asked, min(len(asked), count // 4))
     while len(found) < count and texts:
         text = rng.choice(texts)

@@ -89,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     made = parser(__doc__, Path(__file__).parent)
     made.add_argument("--part", choices=["validation", "test"], default="test")
     made.add_argument("--prompts", type=int, default=64)
+    made.add_argument("--longest", type=int, default=60, help="words of a sentence or question, at most")
     made.add_argument("--tokens", type=int, default=64)
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--batch-size", type=int, default=BATCH_SIZE)
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     large, tokenizer = models(options)
     small = healed(large, options.output / "healed")
-    prompts = chats(tokenizer, options.part, options.prompts, seed=1)
+    prompts = chats(tokenizer, options.part, options.prompts, seed=1, longest=options.longest)
     text = (
         timed(options, large, small, tokenizer, prompts)
         if options.time
@@ -198,7 +199,7 @@ def compared(options, large, small, tokenizer, prompts: list[str]) -> str:
     if options.part == "test":
         draw(points, ends, options.output / "tradeoff.png")
     head = (
-        f"{options.prompts} questions and wishes of the {options.part} part, {options.tokens} tokens each. Perplexity under the large model of what was "
+        f"{options.prompts} questions and wishes of the {options.part} part, about at most {options.longest} words, {options.tokens} tokens each. Perplexity under the large model of what was "
         f"sampled at temperature 1, with {options.seeds} seeds (mean ± standard deviation); agreement: of greedily written tokens, those that the large "
         f"model would have chosen there (95 % over prompts). Window {options.window}, minimum stay {options.min_stay}. The small model has "
         f"{small.config.num_hidden_layers} of {large.config.num_hidden_layers} layers, {small.num_parameters() / large.num_parameters():.0%} of the parameters."
