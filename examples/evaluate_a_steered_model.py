@@ -29,9 +29,8 @@ from smollm2 import load
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_logits.metrics import choice_logprobs
-from hf_logits.metrics.attentiveness import attentiveness
-from hf_logits.metrics.mcq_chain import mcq_chain
-from hf_logits.metrics.position_bias import contents, permutation_consistency, position_bias, rotations
+from hf_logits.metrics.mcq_callback import measure_table
+from hf_logits.metrics.position_bias import contents, permutation_consistency, rotations
 from hf_logits.metrics.tables import picks, read_logprobs
 from hf_logits.processors import MixtureLogitsProcessor
 
@@ -77,10 +76,7 @@ def measure(
     letters, answers = list(LETTERS), [one.answer for one in questions]
     texts = [prompt(one, example) for one in questions]
     table = choice_logprobs(model, tokenizer, texts, letters, prior=prompt(NOTHING, example), **options)
-    given = {"prior_logprobs": table.prior_logprobs, "lengths": table.lengths, "distinct": table.distinct}
-    places = picks(read_logprobs(table.logprobs)[0])
-    found = mcq_chain(table.logprobs, answers) | attentiveness(table.logprobs, answers, **given)
-    found |= position_bias(places, answers, num_choices=4)
+    found = measure_table(table, answers)
     if rotated:
         turned = [prompt(one, example, own) for one in questions for own in rotations(one.choices)]
         scored = choice_logprobs(model, tokenizer, turned, letters, **options).logprobs

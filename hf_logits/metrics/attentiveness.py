@@ -54,15 +54,8 @@ def attentiveness(
     """
     values, real = tables.read_logprobs(logprobs)
     gold = tables.read_labels(references, real.sum(1), "references")
-    counted = real if distinct is None else tables.read_like(distinct, real, "distinct") == 1
+    mass = tables.mass(values, real, distinct)
     probs = np.exp(values)
-    mass = (probs * counted).sum(1)
-    if (mass > 1 + 1e-4).any():
-        row = int(mass.argmax())
-        raise ValueError(
-            f"The choices of row {row} have {mass[row]:.6g} of probability together: some are equal or begin with another one. "
-            "Give distinct=, as choice_logprobs returns it."
-        )
     missing = np.maximum(1 - mass, 0.0)
     best = np.sort(probs, axis=1)[:, ::-1]
     gap = best[:, 0] - best[:, 1] if len(best) else np.zeros(0)
@@ -137,6 +130,7 @@ class Attentiveness(module.LogitMetric):
     """
 
     inputs = {"default": _TABLE, "prior": _TABLE | _PRIOR, "full": _TABLE | _PRIOR | _LENGTHS | _DISTINCT}
+    from_scores = {"default": "log_probs"}
     paper = "Wiegreffe et al. 2023, Increasing Probability Mass on Answer Choices, https://arxiv.org/abs/2305.14596"
 
     def measure(

@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Value
+from datasets import List, Value
 
-from hf_logits.metrics import module
+from hf_logits.checks import check_choice, check_count
+from hf_logits.metrics import module, tables
 
 
 def bins_of(confidences: np.ndarray, n_bins: int, scheme: str) -> np.ndarray:
     """The bin of each confidence, from 0. Bins are closed on the right; a confidence of 0 is in the first."""
     if scheme == "equal_width":
         edges = np.arange(1, n_bins) / n_bins
-    elif scheme == "equal_mass":
-        edges = np.quantile(confidences, np.arange(1, n_bins) / n_bins, method="inverted_cdf")
     else:
-        raise ValueError(f"scheme is {scheme!r}; it must be 'equal_width' or 'equal_mass'.")
+        edges = np.quantile(confidences, np.arange(1, n_bins) / n_bins, method="inverted_cdf")
     return np.searchsorted(edges, confidences, side="left")
 
 
@@ -49,6 +48,8 @@ def calibration_error(
         ValueError: different lengths, a confidence that is no probability, an answer that is neither right nor wrong,
             `n_bins` below 1, or an unknown `scheme`.
     """
+    check_count("n_bins", n_bins, minimum=1)
+    check_choice("scheme", scheme, "equal_width", "equal_mass")
     found, right = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if found.ndim != 1 or found.shape != right.shape:
         raise ValueError(f"{found.shape} confidences and {right.shape} outcomes; give one number of each a row.")
@@ -56,8 +57,6 @@ def calibration_error(
         raise ValueError(f"Confidences must be probabilities; {found[~((found >= 0) & (found <= 1))][:5]} are not.")
     if not np.isin(right, (0, 1)).all():
         raise ValueError(f"Outcomes must be 0 or 1; there are {np.unique(right)[:5]}.")
-    if n_bins < 1:
-        raise ValueError(f"n_bins is {n_bins}; it must be at least 1.")
     place = bins_of(found, n_bins, scheme) if len(found) else np.zeros(0, dtype=int)
     if not len(found):
         keys = ("ece", "mce", "brier", "nll", "gap", "accuracy", "confidence")
@@ -89,6 +88,33 @@ def calibration_error(
     }
 
 
+def best_choices(
+    probabilities: Sequence[Any] | np.ndarray, references: Sequence[int] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The probability of the most probable choice of each row, the first of equal ones, and whether it is right.
+
+    Args:
+        probabilities (`[N][K]`): of all choices of a row, 1 together.
+        references (`[N]`): the place of the right choice.
+
+    Raises:
+        ValueError: fewer than two choices, numbers that are no probabilities or not 1 together, an unknown label, different lengths.
+    """
+    values, real = tables.fill_rows(probabilities, "predictions")
+    sizes = real.sum(1)
+    total = np.where(real, values, 0.0).sum(1)
+    wrong = (sizes < 2) | (np.where(real, values, 0.0) < 0).any(1) | (np.abs(total - 1) > 1e-3)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"Row {row} of predictions must be probabilities of two choices or more, 1 together; got {values[row][real[row]][:5]}. "
+            "Log-probs become such by softmax."
+        )
+    picked = tables.picks(values)
+    gold = tables.read_labels(references, sizes, "references")
+    return np.minimum(values[np.arange(len(values)), picked], 1.0), picked == gold
+
+
 class CalibrationError(module.LogitMetric):
     """Whether a model is right as often as it is confident: expected and maximum calibration error.
 
@@ -96,14 +122,24 @@ class CalibrationError(module.LogitMetric):
     from hf_logits.metrics import CalibrationError
 
     CalibrationError().compute(predictions=[0.9, 0.6, 0.8], references=[1, 0, 1])["ece"]
+    CalibrationError("choices").compute(predictions=[[0.9, 0.1], [0.4, 0.6]], references=[0, 0])["ece"]
     ```
+
+    In the configuration `"choices"`, `predictions` are the probabilities of all choices or classes, and `references` the right ones.
     """
 
-    inputs = {"default": {"predictions": Value("float64"), "references": Value("int64")}}
+    inputs = {
+        "default": {"predictions": Value("float64"), "references": Value("int64")},
+        "choices": {"predictions": List(Value("float64")), "references": Value("int64")},
+    }
+    from_scores = {"choices": "probabilities"}
     paper = "Guo et al. 2017, On Calibration of Modern Neural Networks, https://arxiv.org/abs/1706.04599"
 
     def measure(
-        self, predictions: list[float], references: list[int], n_bins: int = 10, scheme: str = "equal_width"
+        self, predictions: list[Any], references: list[int], n_bins: int = 10, scheme: str = "equal_width"
     ) -> dict[str, Any]:
         """As `calibration_error`: `predictions` are the confidences, `references` are 1 where the answer was right."""
+        if self.config_name == "choices":
+            confidences, hits = best_choices(predictions, references)
+            return calibration_error(confidences, hits, n_bins=n_bins, scheme=scheme)
         return calibration_error(predictions, references, n_bins=n_bins, scheme=scheme)

@@ -13,6 +13,7 @@ from datasets import List, Value
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_logits.checks import check_count
 from hf_logits.correlation import constant, kendall, pearson, spearman
 from hf_logits.metrics import module
 
@@ -101,26 +102,31 @@ def pair_scorer(
             f"A score is one output, got num_labels={model.config.num_labels}: load it with num_labels=1."
         )
 
+    check_count("max_length", max_length, minimum=1)
+    check_count("batch_size", batch_size, minimum=1)
+
     @torch.no_grad()
     def score(contexts: list[Context], responses: list[str]) -> Tensor:
         joined = [context if isinstance(context, str) else separator.join(context) for context in contexts]
         training = model.training
-        model.eval()
         found = []
-        for start in range(0, len(responses), batch_size):
-            part = slice(start, start + batch_size)
-            batch = tokenizer(
-                joined[part],
-                responses[part],
-                padding=True,
-                padding_side="right",  # absolute positions count from the left
-                truncation=True,
-                max_length=max_length,
-                return_tensors="pt",
-                return_attention_mask=True,
-            ).to(model.device)
-            found.append(model(**batch).logits.flatten().double().cpu())
-        model.train(training)
+        model.eval()
+        try:
+            for start in range(0, len(responses), batch_size):
+                part = slice(start, start + batch_size)
+                batch = tokenizer(
+                    joined[part],
+                    responses[part],
+                    padding=True,
+                    padding_side="right",  # absolute positions count from the left
+                    truncation=True,
+                    max_length=max_length,
+                    return_tensors="pt",
+                    return_attention_mask=True,
+                ).to(model.device)
+                found.append(model(**batch).logits.flatten().double().cpu())
+        finally:
+            model.train(training)
         outputs = torch.cat(found)
         return outputs.sigmoid() if sigmoid else outputs
 

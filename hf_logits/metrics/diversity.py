@@ -131,6 +131,8 @@ def diversity(
             if cluster is not None:
                 found["mauve"] = mauve(*histograms(real, ours, cluster), scale=scale)
     reasons = {
+        "normalized_ngrams": f"the joined text, cut to as many tokens as the references have, has no {joined_n} tokens",
+        "reference_normalized_ngrams": f"the joined references, cut to as many tokens as the texts have, have no {joined_n} tokens",
         "self_bleu": "there are fewer than two texts with tokens",
         "spread": "there are fewer than two texts, or one has an embedding of zeros",
         "reference_spread": "there are fewer than two references, or one has an embedding of zeros",

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import List, Value
 
 from hf_logits.checks import check_choice, check_number
-from hf_logits.metrics import module
+from hf_logits.metrics import module, tables
 
 
 VERDICTS = ("win", "tie", "lose")
@@ -34,12 +34,6 @@ def verdicts(scores: np.ndarray) -> np.ndarray:
 def shares(found: np.ndarray) -> np.ndarray:
     """How often each verdict was given, as shares: `[k] -> [3]`; NaN of none."""
     return np.bincount(found, minlength=3) / len(found) if len(found) else np.full(3, math.nan)
-
-
-def entropy(probabilities: np.ndarray) -> float:
-    """In nats."""
-    kept = probabilities[probabilities > 0]
-    return float(-(kept * np.log(kept)).sum()) + 0.0
 
 
 def cohen_kappa(first: Sequence[Any], second: Sequence[Any]) -> float:
@@ -64,8 +58,7 @@ def judge_position(
 ) -> dict[str, Any]:
     """How a judge's verdicts on pairs of candidates depend on the order, and what they are with both orders.
 
-    Each order is averaged over its samples, then the two orders over each other, so that samples that were lost in one order do not
-    bring the position back in. A row without any sample is an abstention.
+    Each order is averaged over its samples, then the two orders over each other. A row without any sample is an abstention.
 
     Args:
         first_order (`list` of `[k, 2]` scores): of candidates A and B, shown as A, B. Larger is better.
@@ -75,20 +68,22 @@ def judge_position(
             Whether the scores in `second_order` are those of A and B. Otherwise they are in the order shown: B and A.
         review (`float`, *optional*, defaults to 0.2): share of the judged rows that people shall look at, rounded up.
         unbalanced (`str`, *optional*, defaults to `"error"`):
-            What a row with samples in one order only is: an error, or with `"abstain"` an abstention.
+            What a row is that has more samples in one order than in the other: an error, with `"abstain"` an abstention, or with
+            `"average"` judged all the same. Since the orders are averaged over each other, lost samples then don't bring the
+            position back in, but one order's are noisier. With samples in one order only it is an abstention.
 
     Returns:
         `dict`: `win`, `tie`, `lose` (shares of the judged rows, for A), `conflict_rate` (share of the rows whose verdict turns with
-        the order), `bpde` (mean entropy of the single verdicts, nats), `review_indices` (the rows with the most
-        entropy, in their order; of equal ones the earlier), `abstained` (rows), `verdicts` (by row, `None` where abstained), `by_order` (the shares of the verdicts
-        with one order alone), `by_position` (share of the single verdicts for what was shown `first`, `second`, or a `tie`) and
-        `notes`. With references `accuracy`, `kappa` (Cohen's), and both `_after_review`, which takes the word of people there.
+        the order), `bpde` (mean entropy of the single verdicts, nats; both orders weigh the same), `review_indices` (the rows with the
+        most entropy, in their order; of equal ones the earlier), `abstained` (rows), `verdicts` (by row, `None` where abstained),
+        `by_order` (the shares of the verdicts with one order alone), `by_position` (share of the single verdicts for what was shown
+        `first`, `second`, or a `tie`) and `notes`. With references `accuracy`, `kappa` (Cohen's), and both `_after_review`, which takes the word of people there.
 
     Raises:
         ValueError: different lengths, scores that are not pairs or not finite, an unbalanced row, an unknown label.
     """
     check_number("review", review, minimum=0.0, maximum=1.0)
-    check_choice("unbalanced", unbalanced, "error", "abstain")
+    check_choice("unbalanced", unbalanced, "error", "abstain", "average")
     if len(first_order) != len(second_order):
         raise ValueError(f"{len(first_order)} rows in the first order and {len(second_order)} in the second.")
     if references is not None and len(references) != len(first_order):
@@ -101,28 +96,32 @@ def judge_position(
     alone = [verdicts(means[:, order]) for order in (0, 1)]
     final = [VERDICTS[one] for one in verdicts(means.mean(1))]
     # rounded, so that equal ones are equal
-    doubts = np.array([round(entropy(row.mean(0)), 12) for row in votes])
+    doubts = np.array([round(tables.entropy(row.mean(0)), 12) for row in votes])
     most = set(np.argsort(-doubts, kind="stable")[: math.ceil(review * len(judged) - 1e-9)].tolist())
     # the candidate that is shown first wins: A in the first order, B in the second
     shown = (votes[:, 0] + votes[:, 1, ::-1]) / 2
     named = dict(zip(judged, final, strict=True))
     result: dict[str, Any] = _by_name(VERDICTS, shares(verdicts(means.mean(1)))) | {
-        "conflict_rate": float(_mean(alone[0] != alone[1])),
-        "bpde": float(_mean(doubts)),
+        "conflict_rate": tables.mean(alone[0] != alone[1]),
+        "bpde": tables.mean(doubts),
         "review_indices": [judged[place] for place in sorted(most)],
         "abstained": [row for row in range(len(first_order)) if row not in named],
         "verdicts": [named.get(row) for row in range(len(first_order))],
         "by_order": {name: _by_name(VERDICTS, shares(alone[place])) for place, name in enumerate(("first", "second"))},
-        "by_position": _by_name(("first", "tie", "second"), _mean(shown)),
+        "by_position": _by_name(("first", "tie", "second"), tables.means(shown)),
     }
     notes: module.Notes = {}
+    counts = zip(first_order, second_order, strict=True)
+    if lost := [row for row, (one, other) in enumerate(counts) if len(one) != len(other)]:
+        done = "count as abstentions" if unbalanced == "abstain" else "are averaged, or abstentions without any in one"
+        notes["unbalanced"] = f"{len(lost)} rows with more samples in one order {done}: {lost[:5]}"
     if references is not None:
         said = [references[row] for row in judged]
         reviewed = [said[place] if place in most else one for place, one in enumerate(final)]
         result |= _agreement(final, said, "", notes) | _agreement(reviewed, said, "_after_review", notes)
     if not judged:
         undefined = [key for key, value in result.items() if isinstance(value, float | dict)]
-        notes = dict.fromkeys(undefined, "no row was judged")
+        notes |= dict.fromkeys(undefined, "no row was judged")
     return result | {"notes": notes}
 
 
@@ -134,12 +133,13 @@ def _read(
     means, votes = np.zeros((len(first_order), 2, 2)), np.zeros((len(first_order), 2, 3))
     for row, given in enumerate(zip(first_order, second_order, strict=True)):
         orders = [_pairs(scores, row) for scores in given]
-        if not all(map(len, orders)):
-            if any(map(len, orders)) and unbalanced == "error":
-                raise ValueError(
-                    f"Row {row} has {len(orders[0])} samples in one order and {len(orders[1])} in the other, so its score would "
-                    "depend on the position. Judge it again, or count it as an abstention: unbalanced='abstain'."
-                )
+        unequal = len(orders[0]) != len(orders[1])
+        if unequal and unbalanced == "error":
+            raise ValueError(
+                f"Row {row} has {len(orders[0])} samples in one order and {len(orders[1])} in the other. Judge it again, count it as "
+                "an abstention (unbalanced='abstain'), or average over what each order has (unbalanced='average')."
+            )
+        if not all(map(len, orders)) or (unequal and unbalanced == "abstain"):
             continue
         if not swapped_back:
             orders[1] = orders[1][:, ::-1]
@@ -158,17 +158,12 @@ def _pairs(scores: Sequence[Sequence[float]], row: int) -> np.ndarray:
     return pairs
 
 
-def _mean(values: np.ndarray) -> Any:
-    """Over the rows, NaN where there are none."""
-    return values.mean(0) if len(values) else np.full(values.shape[1:], math.nan)
-
-
 def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))
 
 
 def _agreement(given: list[str], said: list[str], suffix: str, notes: module.Notes) -> dict[str, float]:
-    accuracy = float(_mean(np.array([one == other for one, other in zip(given, said, strict=True)])))
+    accuracy = tables.mean(np.array([one == other for one, other in zip(given, said, strict=True)], dtype=bool))
     kappa = cohen_kappa(given, said)
     if math.isnan(kappa):
         notes[f"kappa{suffix}"] = "judge and references say the same one thing throughout"

@@ -46,19 +46,25 @@ Score of answer 2: <score>"""
 LITTLE = 0.1
 """Where the verdicts have less of the probability than this, the model does not understand what it shall do."""
 
-_SCORE_LINE = re.compile(r"^.*:[\s*]*(\d+(?:\.\d+)?)\s*(?:/\s*10)?[\s*.]*$")
+_SCORE_LINE = re.compile(r"^(.*):[\s*]*(\d+(?:\.\d+)?)\s*(?:/\s*10)?[\s*.]*$")
 
 
 def read_scores(text: str) -> tuple[float, float] | None:
-    """The two scores with which a judge ends, or `None` if its last two lines are not scores from 1 to 10.
+    """The two scores with which a judge ends, or `None` if its last two lines are not scores from 1 to 10 of answers 1 and 2.
 
     Args:
-        text (`str`): lines of which the last two, empty ones aside, end with a colon and a number.
+        text (`str`): lines of which the last two, empty ones aside, end with a colon and a number. Where there are numbers in front of
+            the colons, the last one says which answer is scored; without any, the order does.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()][-2:]
     found = [_SCORE_LINE.match(line) for line in lines]
-    scores = [float(match[1]) for match in found if match is not None]
-    return (scores[0], scores[1]) if len(scores) == 2 and all(1 <= score <= 10 for score in scores) else None
+    scores = [float(match[2]) for match in found if match is not None]
+    if len(scores) != 2 or not all(1 <= score <= 10 for score in scores):
+        return None
+    names = [(re.findall(r"\d+", match[1]) or [""])[-1] for match in found if match is not None]
+    if names == ["2", "1"]:
+        return scores[1], scores[0]
+    return (scores[0], scores[1]) if names in (["1", "2"], ["", ""]) else None
 
 
 def judge_by_log_probs(

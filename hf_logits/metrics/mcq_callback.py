@@ -1,8 +1,7 @@
 """Multiple choice while a model trains: in the log, and in the metrics that the best checkpoint is chosen by."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -11,6 +10,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_logits.metrics.attentiveness import attentiveness
 from hf_logits.metrics.mcq_chain import mcq_chain
+from hf_logits.metrics.module import merged, numbers
+from hf_logits.metrics.position_bias import bias_of_table
 from hf_logits.metrics.scoring import ChoiceTable, Prompt, choice_logprobs, per_prompt, prior_per_prompt
 from hf_logits.metrics.tables import read_labels
 
@@ -19,13 +20,21 @@ Measure = Callable[[ChoiceTable, Sequence[int]], Mapping[str, Any]]
 
 
 def measure_table(table: ChoiceTable, references: Sequence[int]) -> dict[str, Any]:
-    """Attentiveness and the chain of scores."""
-    given: dict[str, Any] = {
-        "prior_logprobs": table.prior_logprobs,
-        "lengths": table.lengths,
-        "distinct": table.distinct,
-    }
-    return mcq_chain(table.logprobs, references) | attentiveness(table.logprobs, references, **given)
+    """Attentiveness, the chain of scores and the bias towards places, in one result.
+
+    Args:
+        table ([`~hf_logits.metrics.ChoiceTable`]): of [`~hf_logits.metrics.choice_logprobs`].
+        references (`Sequence[int]`): the places of the right choices.
+    """
+    probable = attentiveness(
+        table.logprobs,
+        references,
+        prior_logprobs=table.prior_logprobs,
+        lengths=table.lengths,
+        distinct=table.distinct,
+    )
+    chain = mcq_chain(table.logprobs, references, distinct=table.distinct)
+    return merged([bias_of_table(table.logprobs, references), chain, probable])
 
 
 class MCQEvalCallback(TrainerCallback):
@@ -54,7 +63,8 @@ class MCQEvalCallback(TrainerCallback):
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): by default the trainer's `processing_class`.
         logits_processor (`Sequence[LogitsProcessor]`, *optional*): what steers the model.
         measure (`Callable`, *optional*): from a [`~hf_logits.metrics.ChoiceTable`] and the references to values by name. By default
-            those of `attentiveness` and `mcq_chain`. What is no number, or NaN, is left out.
+            those of `attentiveness`, `mcq_chain` and `position_bias`. What is no number, or NaN, is left out, and the log says once
+            why.
         batch_size (`int`, *optional*): prompts read at once; by default the trainer's `per_device_eval_batch_size`.
     """
 
@@ -117,7 +127,7 @@ class MCQEvalCallback(TrainerCallback):
         with trainer.compute_loss_context_manager():
             table = choice_logprobs(
                 accelerator.unwrap_model(trainer.model),
-                cast(Any, self.tokenizer),
+                self.tokenizer,
                 prompts,
                 choices,
                 prior=None if self._questions[0][2] is None else priors,
@@ -126,9 +136,7 @@ class MCQEvalCallback(TrainerCallback):
             )
         if accelerator.num_processes > 1:
             table = _together(gather_object([table]), len(self._questions))
-        values = self.measure_of(table, self.references)
-        numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
-        return {key: value for key, value in numbers.items() if not math.isnan(value)}
+        return numbers(self.measure_of(table, self.references), f"{type(self).__name__} {self.name!r}")
 
 
 def _together(tables: Sequence[ChoiceTable], count: int) -> ChoiceTable:

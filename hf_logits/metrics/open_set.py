@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Value
 
 from hf_logits.checks import check_choice
-from hf_logits.metrics import module
+from hf_logits.metrics import module, tables
 from hf_logits.roc import auc, roc_curve
 
 
@@ -42,9 +42,7 @@ def open_set_inputs(logits: Any, *, score: str = "max_logit") -> dict[str, np.nd
     best = table.max(1)
     if np.isneginf(best).any():
         raise ValueError("A row of logits has no class that is not excluded (-inf).")
-    with np.errstate(divide="ignore"):
-        log_probs = table - best[:, None]
-        log_probs -= np.log(np.exp(log_probs).sum(1, keepdims=True))
+    log_probs = tables.log_softmax(table)
     probs = np.exp(log_probs)
     if score == "max_logit":
         scores = best
@@ -114,7 +112,7 @@ def open_set(
         (the smallest share of the known rows that is taken for unknown while at least 95% of the unknown are found) and `notes`.
 
     Raises:
-        ValueError: different lengths, a score that is NaN, negative classes other than the reference -1, an unknown `compat`.
+        ValueError: different lengths, classes that are no whole numbers, a score that is NaN, negative classes other than the reference -1, an unknown `compat`.
     """
     if compat not in (None, "arpl"):
         raise ValueError(f"compat must be None or 'arpl', got {compat!r}.")
@@ -123,6 +121,9 @@ def open_set(
         raise ValueError(
             f"{classes.shape} predictions, {found.shape} scores and {gold.shape} references; give one number of each a row."
         )
+    for name, column in (("predictions", classes), ("references", gold)):
+        if len(column) and column.dtype.kind not in "iu":
+            raise ValueError(f"{name} must be whole numbers, the numbers of classes; got {column[:3].tolist()!r}.")
     if np.isnan(found).any():
         raise ValueError(f"Scores must be numbers; {int(np.isnan(found).sum())} are NaN.")
     if (gold < UNKNOWN).any() or (classes < 0).any():
@@ -160,6 +161,7 @@ class OpenSet(module.LogitMetric):
     """
 
     inputs = {"default": {"predictions": Value("int64"), "scores": Value("float64"), "references": Value("int64")}}
+    from_scores = {"default": "open_set"}
     paper = (
         "Vaze et al. 2022, Open-Set Recognition: a Good Closed-Set Classifier is All You Need?, "
         "https://arxiv.org/abs/2110.06207"

@@ -125,6 +125,7 @@ def personality(
 
     alone = [name for name, part in rows.items() if len(part) < 2]
     once = f"a single test is always consistent; of {', '.join(map(repr, alone))} there is one" if alone else ""
+    notes |= {f"consistency_by_group.{name}": "a single test is always consistent" for name in alone}
     average = float(np.mean(list(within.values()))) if rows else math.nan
     if math.isnan(average):
         notes["consistency"] = once or "there are no tests"
@@ -135,6 +136,11 @@ def personality(
         notes["robustness"] = f"it needs tests of the groups {fixed!r} and {permuted!r}"
     subjects = [name for name in rows if name not in (fixed, permuted)]
     pairs = {f"{a}, {b}": within[a] * within[b] * between(a, b) for a, b in combinations(subjects, 2)}
+    notes |= {
+        f"fairness_by_pair.{a}, {b}": "a single test is always consistent"
+        for a, b in combinations(subjects, 2)
+        if math.isnan(pairs[f"{a}, {b}"])
+    }
     fair = float(np.mean(list(pairs.values()))) if pairs else math.nan
     if math.isnan(fair):
         notes["fairness"] = once if pairs else "it needs tests of two subjects or more"

@@ -47,7 +47,7 @@ def position_bias(
     Returns:
         `dict`: `accuracy`; `none_rate` (rows without an answer, wrong for the accuracy and the recalls, and left out of the
         frequencies); `frequencies` and `gold_frequencies` (`[K]`); `recall` (`[K]`, accuracy where the right answer is at that
-        place) and `rstd` (its population deviation over places that are ever right); `entropy` of the frequencies (over log K, from
+        place) and `rstd` (its population deviation over places that are ever right, of which there must be two); `entropy` of the frequencies (over log K, from
         0 to 1); `tv` and `kl` (nats) of the frequencies to those of the right places; `anchored` (the share of rows answered with
         the anchor among those where it is wrong); `by_num_choices` where K differs; `notes`.
 
@@ -106,10 +106,16 @@ def _places(picked: np.ndarray, gold: np.ndarray, count: int, notes: module.Note
     right = np.array(
         [(picked[gold == place] == place).mean() if (gold == place).any() else np.nan for place in places]
     )
-    if missing := [int(place) for place in places if not (gold == place).any()]:
+    missing = [int(place) for place in places if not (gold == place).any()]
+    if missing:
         notes["recall"] = f"the places {missing} are never right"
+    spread = math.nan
+    if count - len(missing) < 2:
+        notes["rstd"] = "fewer than two places are ever right"
+    else:
+        spread = float(np.nanstd(right))
     g = (gold[:, None] == places).mean(0)
-    found = {"gold_frequencies": g.tolist(), "recall": right.tolist(), "rstd": float(np.nanstd(right))}
+    found = {"gold_frequencies": g.tolist(), "recall": right.tolist(), "rstd": spread}
     answered = picked[picked >= 0]
     if not len(answered):
         keys = ("frequencies", "entropy", "tv", "kl")
@@ -123,7 +129,7 @@ def _places(picked: np.ndarray, gold: np.ndarray, count: int, notes: module.Note
         notes["kl"] = "infinite: a place that is never right was picked"
     return found | {
         "frequencies": f.tolist(),
-        "entropy": max(float(-(f[said] * np.log(f[said])).sum()), 0.0) / math.log(count),
+        "entropy": tables.entropy(f) / math.log(count),
         "tv": float(np.abs(f - g).sum() / 2),
         "kl": kl,
     }
@@ -148,7 +154,9 @@ def permutation_consistency(
     Returns:
         `dict`: `consistency` (the share of rows with one and the same answer in all rotations), `majority_share` (the mean share of the
         most frequent answer), `accuracy_per_rotation` with its `accuracy_range`, `delta` (`[K]`, accuracy with the right choice at
-        that place, less the mean), and what [`position_bias`] says of all rotations together.
+        that place, less the mean; NaN where it never was), and what [`position_bias`] says of all rotations together. Rotations and
+        places of rows with unequal numbers of choices or rotations don't compare: the last three are then NaN, and where K differs
+        `by_num_choices` has all of it for each K.
 
     Raises:
         ValueError: different lengths, a row with fewer than two rotations, more rotations than choices, an unknown choice.
@@ -160,30 +168,76 @@ def permutation_consistency(
     if (turns > sizes).any():
         raise ValueError(f"Row {(turns > sizes).argmax()} has more rotations than choices.")
     gold = tables.read_labels(references, sizes, "references")
-    flat, row = (
-        np.concatenate([np.zeros(0, int), *map(np.asarray, predictions)]),
-        np.repeat(np.arange(len(turns)), turns),
-    )
-    picked = tables.read_labels(flat if len(flat) else [], sizes[row], "predictions", none=True)
-    turn = np.concatenate([np.zeros(0, int), *(np.arange(one) for one in turns)]).astype(int)
+    flat = np.concatenate([np.zeros(0, int), *map(np.asarray, predictions)])
+    of_row = np.repeat(sizes, turns)
+    picked = tables.read_labels(flat if len(flat) else [], of_row, "predictions", none=True)
+    if np.size(sizes) and not 0 <= anchor < sizes.max():
+        raise ValueError(f"anchor is {anchor}; it must be a place from 0 to {sizes.max() - 1}.")
+    return _permuted(np.split(picked, turns.cumsum()[:-1])[: len(turns)], gold, sizes, anchor)
+
+
+def _permuted(rows: list[np.ndarray], gold: np.ndarray, sizes: np.ndarray, anchor: int) -> dict[str, Any]:
+    """Of the choices of each row, by rotation."""
+    turns = np.array([len(row) for row in rows], dtype=int)
+    picked, row = np.concatenate([np.zeros(0, int), *rows]), np.repeat(np.arange(len(turns)), turns)
+    turn = np.concatenate([np.zeros(0, int), *map(np.arange, turns)]).astype(int)
     # choice c is at place c - r in rotation r
     place, gold_place = (np.where(one < 0, -1, (one - turn) % sizes[row]) for one in (picked, gold[row]))
-    most = np.array(
-        [max(np.bincount(own[own >= 0]), default=0) for own in np.split(picked, turns.cumsum()[:-1])][: len(turns)]
-    )
+    most = np.array([max(np.bincount(own[own >= 0]), default=0) for own in rows], dtype=int)
     right = picked == gold[row]
-    by_turn = [tables.mean(right[turn == one]) for one in range(turns.max(initial=0))]
-    found = {
-        "consistency": tables.mean(most == turns),
-        "majority_share": tables.mean(most / np.maximum(turns, 1)),
-        "accuracy_per_rotation": by_turn,
-        "accuracy_range": max(by_turn) - min(by_turn) if by_turn else math.nan,
+    found = _bias(place, gold_place, sizes[row], anchor)
+    notes: module.Notes = found["notes"]
+    found["consistency"] = tables.mean(most == turns)
+    found["majority_share"] = tables.mean(most / np.maximum(turns, 1))
+    keys, counts = ("accuracy_per_rotation", "accuracy_range", "delta"), np.unique(sizes)
+    if len(counts) > 1:
+        notes |= dict.fromkeys(keys, "rows have unequal numbers of choices; see by_num_choices")
+        for count in counts:
+            own = sizes == count
+            part = [one for one, use in zip(rows, own, strict=True) if use]
+            found["by_num_choices"][int(count)] = _permuted(part, gold[own], sizes[own], anchor)
+    elif len(np.unique(turns)) > 1:
+        notes |= dict.fromkeys(keys, "rows have unequal numbers of rotations")
+    if len(counts) != 1 or len(np.unique(turns)) > 1:
+        if not len(turns):
+            notes |= dict.fromkeys(("consistency", "majority_share", *keys), "there are no rows")
+        return found | dict.fromkeys(keys, math.nan)
+    by_turn = [tables.mean(right[turn == one]) for one in range(turns[0])]
+    shares = [tables.mean(right[gold_place == one]) - found["accuracy"] for one in range(counts[0])]
+    if never := [one for one, share in enumerate(shares) if math.isnan(share)]:
+        notes["delta"] = f"the right choice was never at the places {never}"
+    values = (by_turn, max(by_turn) - min(by_turn), shares)
+    return found | dict(zip(keys, values, strict=True))
+
+
+def bias_of_table(logprobs: Sequence[Any], references: Sequence[int], *, anchor: int = 0) -> dict[str, Any]:
+    """What [`position_bias`] says of a table of log-probs, `tie_rate`, and `anchor_gap`: log-prob of the anchor less the right choice's.
+
+    Args:
+        logprobs (`[N][K]`): log-probabilities of whole choices, in nats; -inf is allowed.
+        references (`[N]`): the right places.
+        anchor (`int`, *optional*, defaults to 0): the place that `anchored` and `anchor_gap` are about. The latter is the mean over
+            the rows where the anchor is wrong, and both have a probability.
+    """
+    values, real = tables.read_logprobs(logprobs)
+    sizes = real.sum(1)
+    gold = tables.read_labels(references, sizes, "references")
+    found = position_bias(tables.picks(values), gold, num_choices=sizes.tolist(), anchor=anchor)
+    off = (gold != anchor) & (anchor < sizes)
+    first, right = values[off][:, anchor : anchor + 1].ravel(), values[off, gold[off]]
+    finite = np.isfinite(first) & np.isfinite(right)
+    if not off.any():
+        found["notes"]["anchor_gap"] = (
+            "no row has the anchor for a wrong choice" if len(values) else "there are no rows"
+        )
+    elif not finite.all():
+        found["notes"]["anchor_gap"] = f"{int((~finite).sum())} rows where a choice has no probability are left out"
+    if not len(values):
+        found["notes"]["tie_rate"] = "there are no rows"
+    return found | {
+        "tie_rate": tables.mean(tables.tied(values)),
+        "anchor_gap": tables.mean(first[finite] - right[finite]),
     }
-    pooled = position_bias(place, gold_place, num_choices=sizes[row].tolist(), anchor=anchor)
-    shares = [tables.mean(right[gold_place == one]) - pooled["accuracy"] for one in range(sizes.max(initial=0))]
-    if not len(turns):
-        pooled["notes"] |= dict.fromkeys(("consistency", "majority_share", "accuracy_range"), "there are no rows")
-    return pooled | found | {"delta": shares}
 
 
 class PositionBias(module.LogitMetric):
@@ -205,6 +259,7 @@ class PositionBias(module.LogitMetric):
         "logprobs": {"predictions": List(Value("float64")), "references": Value("int64")},
         "permuted": {"predictions": List(Value("int64")), "references": Value("int64")},
     }
+    from_scores = {"default": "classes", "logprobs": "log_probs"}
     paper = "Li and Gao 2024, Anchored Answers, https://arxiv.org/abs/2405.03205"
 
     def measure(
@@ -218,22 +273,9 @@ class PositionBias(module.LogitMetric):
         if self.config_name == "permuted":
             return permutation_consistency(predictions, references, num_choices=num_choices, anchor=anchor)
         if self.config_name == "logprobs":
-            return _of_table(predictions, references, anchor)
+            if num_choices is not None:
+                raise ValueError("num_choices is not for log-probs: each row has as many choices as numbers.")
+            return bias_of_table(predictions, references, anchor=anchor)
         if num_choices is None:
             raise ValueError("num_choices is needed: places that were never picked don't show in the predictions.")
         return position_bias(predictions, references, num_choices=num_choices, anchor=anchor)
-
-
-def _of_table(logprobs: Sequence[Any], references: Sequence[int], anchor: int) -> dict[str, Any]:
-    values, real = tables.read_logprobs(logprobs)
-    sizes = real.sum(1)
-    gold = tables.read_labels(references, sizes, "references")
-    found = position_bias(tables.picks(values), gold, num_choices=sizes.tolist(), anchor=anchor)
-    off = (gold != anchor) & (anchor < sizes)
-    gap = math.nan
-    if off.any():
-        with np.errstate(invalid="ignore"):
-            gap = float((values[off, anchor] - values[off, gold[off]]).mean())
-    if math.isnan(gap):
-        found["notes"]["anchor_gap"] = "no row where the anchor is wrong, or one where both have no probability"
-    return found | {"tie_rate": tables.mean(tables.tied(values)), "anchor_gap": gap}

@@ -364,7 +364,9 @@ def _steered(
         log_probs = scores.float().log_softmax(-1)
         chosen = tokens[..., place] if place == 0 else tokens[..., place].view(-1, 1)
         picked = log_probs.gather(1, chosen).view(count, most)
-        total += picked.double().masked_fill(~real[..., place], 0.0)
+        # what follows a token without any probability may have none left to share out, which is NaN
+        picked = picked.double().masked_fill(~real[..., place], 0.0)
+        total = torch.where(total.isneginf(), total, total + picked)
         if place + 1 < longest:
             rows = torch.arange(count, device=tokens.device).repeat_interleave(most) if place == 0 else None
             before, mask = (one if rows is None else one[rows] for one in (step.input_ids, step.prompt_mask))

@@ -82,5 +82,45 @@ def tied(scores: np.ndarray) -> np.ndarray:
     return ((scores == best) & ~np.isneginf(scores)).sum(1) > 1
 
 
+def mass(values: np.ndarray, real: np.ndarray, distinct: Sequence[Any] | np.ndarray | None = None) -> np.ndarray:
+    """The probability of all choices of a row together, `[N]`.
+
+    Args:
+        values, real: of [`read_logprobs`].
+        distinct (`[N][K]` of `bool`, *optional*): false for choices whose probability is part of another's.
+
+    Raises:
+        ValueError: more than 1, by more than rounding.
+    """
+    counted = real if distinct is None else read_like(distinct, real, "distinct") == 1
+    total = (np.exp(values) * counted).sum(1)
+    if (total > 1 + 1e-4).any():
+        row = int(total.argmax())
+        raise ValueError(
+            f"The choices of row {row} have {total[row]:.6g} of probability together: some are equal or begin with another one. "
+            "Give distinct=, as choice_logprobs returns it."
+        )
+    return total
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    """Of each row, `[N, K] -> [N, K]`; NaN where everything is -inf."""
+    with np.errstate(invalid="ignore"):
+        apart = scores - scores.max(1, keepdims=True, initial=-np.inf)
+        return apart - np.log(np.exp(apart).sum(1, keepdims=True))
+
+
+def entropy(probabilities: np.ndarray) -> float:
+    """In nats."""
+    kept = probabilities[probabilities > 0]
+    return max(float(-(kept * np.log(kept)).sum()), 0.0)
+
+
+def means(values: np.ndarray) -> np.ndarray:
+    """Over the rows, NaN where there are none."""
+    return np.asarray(values.mean(0)) if len(values) else np.full(values.shape[1:], np.nan)
+
+
 def mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")
+    """Of one number a row."""
+    return float(means(values))

@@ -81,7 +81,8 @@ def verbalizer_gap(
     Returns:
         `dict`: `accuracy_natural`, `accuracy_neutral`, `accuracy_unnatural` (means over the verbalizers of a group, each with the same
         weight) and the same as `balanced_accuracy_...` (the mean of the classes' recalls); `follow_gap` (natural less unnatural);
-        `prior_following` (the share of unnatural rows answered with the class's natural word); `invalid_rate`; `by_verbalizer` (a `dict`
+        `prior_following` (the share of unnatural rows answered with the class's natural word, among those whose words a natural
+        verbalizer has; `notes` says how many others there are); `invalid_rate`; `by_verbalizer` (a `dict`
         of `group`, `count`, `accuracy`, `balanced_accuracy`, `invalid_rate` and `frequencies` for each), and `notes`.
 
     Raises:
@@ -129,6 +130,9 @@ def verbalizer_gap(
     found["prior_following"] = module.ratio(
         int(sum(meant)), asked, "prior_following", "no unnatural verbalizer has the words of a natural one", notes
     )
+    skipped = sum(group == "unnatural" for group in groups) - asked
+    if asked and skipped:
+        notes["prior_following"] = f"{skipped} unnatural rows, whose words no natural verbalizer has, are left out"
     found["invalid_rate"] = tables.mean(picked < 0)
     if not len(picked):
         notes["invalid_rate"] = "there are no rows"
@@ -162,7 +166,8 @@ class VerbalizerGap(module.LogitMetric):
     ```
 
     In the configuration `"logprobs"`, `predictions` is the table of [`~hf_logits.metrics.choice_logprobs`] with the words as choices; the
-    results then have `attentiveness`, the mean probability of all words together, over all rows and for each verbalizer.
+    results then have `attentiveness`, the mean probability of all words together, over all rows and for each verbalizer, and `tie_rate`,
+    the share of rows whose answer was the first of equals. Where a word begins with another, give `distinct`.
     Average over both orders of the words (`foo|bar` and `bar|foo`) before reading anything into a number: a preference for a word
     then cancels out.
     """
@@ -184,7 +189,12 @@ class VerbalizerGap(module.LogitMetric):
     paper = "Li, Yan et al. 2023, Instruction-following Evaluation through Verbalizer Manipulation, https://arxiv.org/abs/2307.10558"
 
     def measure(
-        self, predictions: list[Any], references: list[int], verbalizer: list[str], group: list[str]
+        self,
+        predictions: list[Any],
+        references: list[int],
+        verbalizer: list[str],
+        group: list[str],
+        distinct: list[list[bool]] | None = None,
     ) -> dict[str, Any]:
         """As `verbalizer_gap`: `predictions` are words by number or log-probs of words, `references` the classes."""
         if self.config_name != "logprobs":
@@ -193,7 +203,9 @@ class VerbalizerGap(module.LogitMetric):
         found = verbalizer_gap(tables.picks(values), references, verbalizer, group)
         if [len(one.split(SEPARATOR)) for one in verbalizer] != real.sum(1).tolist():
             raise ValueError("Each row of predictions must have one log-prob for each word of its verbalizer.")
-        mass = np.exp(values).sum(1)
+        mass = tables.mass(values, real, distinct)
         for one, own in found["by_verbalizer"].items():
             own["attentiveness"] = tables.mean(mass[np.array(verbalizer, dtype=object) == one])
-        return found | {"attentiveness": tables.mean(mass)}
+        if not len(mass):
+            found["notes"] |= dict.fromkeys(("attentiveness", "tie_rate"), "there are no rows")
+        return found | {"attentiveness": tables.mean(mass), "tie_rate": tables.mean(tables.tied(values))}

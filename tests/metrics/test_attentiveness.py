@@ -70,6 +70,19 @@ def test_a_constant_that_is_added_scales_the_mass_and_nothing_else() -> None:
     assert moved["attentiveness"] == pytest.approx(plain["attentiveness"] * math.exp(-1.5))
 
 
+def test_a_constant_that_is_added_does_change_accuracy_by_length() -> None:
+    """By tokens, -0.2 and -3 / 3 become -4.2 and -7 / 3."""
+    for shift, right in ((0.0, 1.0), (-4.0, 0.0)):
+        found = attentiveness([[shift - 0.2, shift - 3.0]], [0], lengths={"tokens": [[1, 3]]})
+        assert found["accuracy"] == 1 and found["accuracy_token"] == right
+    values, gold, rng = table()
+    sizes = {"tokens": [rng.integers(1, 5, len(row)).tolist() for row in values]}
+    moved = [[one - 5 for one in row] for row in values]
+    assert attentiveness(values, gold)["accuracy"] == attentiveness(moved, gold)["accuracy"]
+    plain, lower = (attentiveness(rows, gold, lengths=sizes)["accuracy_token"] for rows in (values, moved))
+    assert plain != lower
+
+
 def test_nothing_is_resolved_with_half_the_mass_or_less() -> None:
     values, gold, _ = table(500)
     samples = attentiveness(values, gold, return_samples=True)["samples"]

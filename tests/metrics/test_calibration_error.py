@@ -2,7 +2,9 @@ import math
 
 import numpy as np
 import pytest
+from sklearn import calibration, metrics
 
+from hf_logits.metrics import CalibrationError
 from hf_logits.metrics.calibration_error import calibration_error
 
 
@@ -28,6 +30,18 @@ def test_every_binning_is_at_least_the_mean_gap() -> None:
             assert sum(one["count"] for one in found["bins"]) == 200
 
 
+def test_probabilities_of_all_choices() -> None:
+    made = CalibrationError("choices", keep_in_memory=True)
+    found = made.compute(predictions=[[0.9, 0.1], [0.2, 0.3, 0.5], [0.4, 0.6]], references=[0, 1, 1], n_bins=5)
+    assert found == calibration_error([0.9, 0.5, 0.6], [1, 0, 1], n_bins=5)
+    assert math.isnan(made.compute(predictions=[], references=[])["ece"])
+    for row, message in (([0.9, 0.2], "1 together"), ([1.0], "two choices"), ([1.5, -0.5], "1 together")):
+        with pytest.raises(ValueError, match=message):
+            made.compute(predictions=[row], references=[0])
+    with pytest.raises(ValueError, match="references has 2"):
+        made.compute(predictions=[[0.5, 0.5]], references=[2])
+
+
 def test_bins_are_closed_on_the_right() -> None:
     found = calibration_error([0.0, 0.1, 0.2, 0.2000001, 1.0], [0, 0, 0, 0, 1], n_bins=10)
     assert [one["count"] for one in found["bins"]] == [2, 1, 1, 1]
@@ -50,6 +64,12 @@ def test_no_rows_are_said_to_be_none() -> None:
     assert math.isnan(found["ece"]) and found["notes"]["ece"] == "there are no rows"
 
 
+@pytest.mark.parametrize("bins", [2.5, True])
+def test_bins_are_a_whole_number(bins) -> None:
+    with pytest.raises(TypeError, match="n_bins must be a whole number"):
+        calibration_error([0.5], [1], n_bins=bins)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -59,6 +79,9 @@ def test_no_rows_are_said_to_be_none() -> None:
         (([0.5], [2]), {}, "must be 0 or 1"),
         (([0.5], [1]), {"n_bins": 0}, "at least 1"),
         (([0.5], [1]), {"scheme": "round"}, "equal_width"),
+        # also where there is nothing to bin
+        (([], []), {"n_bins": 0}, "at least 1"),
+        (([], []), {"scheme": "round"}, "equal_width"),
     ],
 )
 def test_bad_input(arguments: tuple, options: dict, message: str) -> None:
@@ -67,8 +90,6 @@ def test_bad_input(arguments: tuple, options: dict, message: str) -> None:
 
 
 def test_scikit_learn_agrees() -> None:
-    calibration = pytest.importorskip("sklearn.calibration")
-    metrics = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
     confidences, correct = rng.random(500), (rng.random(500) < 0.6).astype(int)
     for ours, theirs in (("equal_width", "uniform"), ("equal_mass", "quantile")):

@@ -65,6 +65,12 @@ def test_the_ranking_model_says_what_its_trainer_says(tmp_path):
     assert torch.tensor(raw).sigmoid().tolist() == pytest.approx(shown, abs=1e-6)
     with pytest.raises(ValueError, match="got num_labels=2"):
         pair_scorer(distilling.scorer(num_labels=2), words)
+    for name in ("max_length", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1"):
+            pair_scorer(model, words, **{name: 0})
+    with pytest.raises(TypeError):
+        scorer(["a"], [3])
+    assert model.training
 
 
 def test_each_configuration():

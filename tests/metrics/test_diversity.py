@@ -142,6 +142,10 @@ def test_nothing_is_said_to_be_nothing():
     short = diversity(["a b"])
     assert short["distinct_2"] == 1 and math.isnan(short["distinct_3"]) and math.isnan(short["distinct_product"])
     assert short["notes"]["distinct_3"] == short["notes"]["distinct_product"] == "no text has so many tokens"
+    assert "has no 3 tokens" in short["notes"]["normalized_ngrams"]
+    cut = diversity(["a b c d"], references=["a b"])["notes"]
+    assert "as many tokens as the references" in cut["normalized_ngrams"]
+    assert "as many tokens as the texts" in cut["reference_normalized_ngrams"]
     assert short["notes"]["self_bleu"] == "there are fewer than two texts with tokens"
     zeros = diversity(["a", "!"], references=["!"], embed=letters)
     assert math.isnan(zeros["spread"]) and math.isnan(zeros["centroid_cosine"])

@@ -3,9 +3,11 @@ import math
 
 import numpy as np
 import pytest
+from sklearn import metrics
 
 from hf_logits.metrics import JudgePosition
-from hf_logits.metrics.judge_position import cohen_kappa, entropy, judge_position, shares, verdicts
+from hf_logits.metrics.judge_position import cohen_kappa, judge_position, shares, verdicts
+from hf_logits.metrics.tables import entropy
 
 
 AB = [(9.0, 7.0), (8.0, 7.0), (9.0, 8.0)]
@@ -99,8 +101,15 @@ def test_means_of_thirds_tie() -> None:
 
 def test_lost_samples_do_not_bring_the_position_back() -> None:
     """A judge that adds 2 to what stands first, and loses two of three samples in one order."""
-    fair = judge_position([[(7.0, 5.0)]], [[(5.0, 7.0)] * 3], swapped_back=True)
-    assert fair["verdicts"] == ["tie"]
+    rows = ([[(7.0, 5.0)]], [[(5.0, 7.0)] * 3])
+    with pytest.raises(ValueError, match="1 samples in one order and 3 in the other.*unbalanced='average'"):
+        judge_position(*rows, swapped_back=True)
+    lost = judge_position(*rows, swapped_back=True, unbalanced="abstain")
+    assert lost["abstained"] == [0] and "1 rows with more samples" in lost["notes"]["unbalanced"]
+    fair = judge_position(*rows, swapped_back=True, unbalanced="average")
+    assert fair["verdicts"] == ["tie"] and "1 rows with more samples" in fair["notes"]["unbalanced"]
+    half = judge_position([*rows[0], []], [*rows[1], AB], swapped_back=True, unbalanced="average")
+    assert half["abstained"] == [1]
     assert fair["bpde"] == pytest.approx(math.log(2))
 
 
@@ -135,7 +144,6 @@ def test_kappa_by_hand() -> None:
 
 
 def test_scikit_learn_agrees() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
     for names in (["win", "tie", "lose"], ["win", "lose"]):
         one, other = rng.choice(names, 30).tolist(), rng.choice(names, 30).tolist()
@@ -163,7 +171,8 @@ def test_the_module_takes_ragged_rows_and_references() -> None:
     first, second = [AB, AB[:1], []], [BA, BA, []]
     made = JudgePosition("references", keep_in_memory=True)
     rows = {"predictions1": first, "predictions2": second, "references": ["win", "lose", "tie"]}
-    assert made.compute(**rows, swapped_back=True) == judge_position(*rows.values(), swapped_back=True)
+    options = {"swapped_back": True, "unbalanced": "average"}
+    assert made.compute(**rows, **options) == judge_position(*rows.values(), **options)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +187,7 @@ def test_the_module_takes_ragged_rows_and_references() -> None:
         (([AB], [[(1.0, -math.inf)]]), {}, "must be finite; row 0"),
         (([AB], [[]]), {}, "unbalanced='abstain'"),
         (([AB], [BA]), {"review": 1.5}, "review must be in"),
-        (([AB], [BA]), {"unbalanced": "drop"}, "'error' or 'abstain'"),
+        (([AB], [BA]), {"unbalanced": "drop"}, "'error', 'abstain' or 'average'"),
     ],
 )
 def test_bad_input(rows: tuple, options: dict, message: str) -> None:

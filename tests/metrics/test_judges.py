@@ -134,6 +134,11 @@ def test_a_judge_that_would_rather_say_something_else_is_told_on(caplog: pytest.
         ("Score of answer 1: 8\nScore of answer 2: 11", None),
         ("Score of answer 1: 0\nScore of answer 2: 5", None),
         ("Score of answer 1: 8\nScore of answer 2: 7\nI hope this helps!", None),
+        ("Score of answer 2: 8\nScore of answer 1: 3", (3, 8)),
+        ("Score of answer 1: 8\nScore of answer 1: 3", None),
+        ("Score of answer 2: 8\nScore of answer 3: 3", None),
+        ("First: 8\nSecond: 3", (8, 3)),
+        ("Score of answer 1: 8\nMean: 3", None),
         ("", None),
     ],
 )

@@ -1,6 +1,7 @@
 """Questions that are scored while a trainer runs: where the values show, and that several processes share them."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ import preferences
 import tiny
 from hf_logits.metrics import MCQEvalCallback, choice_logprobs
 from hf_logits.metrics.attentiveness import attentiveness
+from hf_logits.metrics.mcq_callback import measure_table
 from hf_logits.metrics.mcq_chain import mcq_chain
+from hf_logits.metrics.position_bias import bias_of_table
+from hf_logits.metrics.scoring import ChoiceTable
 from launching import LAUNCH, leave, run
 
 
@@ -66,6 +70,30 @@ def test_the_values_come_back_and_are_logged(tmp_path: Path) -> None:
     assert "eval_loss" in found and "eval_mcq_notes" not in found
     other = trainer.evaluate(metric_key_prefix="test")
     assert other["test_mcq_brier"] == found["eval_mcq_brier"] and "eval_mcq_brier" not in other
+
+
+def test_notes_of_all_parts_are_kept_and_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    rows = [[-math.inf, -math.inf], [-1.0, -2.0]]
+    sizes = {unit: [[1, 1], [1, 1]] for unit in ("tokens", "chars", "bytes")}
+    table = ChoiceTable(logprobs=rows, lengths=sizes, distinct=[[True, True]] * 2, prior_logprobs=None)
+    found = measure_table(table, [0, 0])
+    assert {"p_choices", "brier", "accuracy_pmi", "rstd", "anchor_gap"} <= found["notes"].keys()
+    assert math.isnan(found["brier"]) and found["anchored"] != found["anchored"]
+    trainer = made(tmp_path)
+    callback = MCQEvalCallback(
+        trainer, PROMPTS, CHOICES, ANSWERS, name="said", measure=lambda *_: found | {"odd": math.nan}
+    )
+    with caplog.at_level("WARNING"):
+        values = callback.measure()
+    assert "brier" not in values and "odd" not in values
+    assert "'said': brier: 1 rows have no choice with any probability" in caplog.text
+    assert "'said': odd: it is NaN" in caplog.text
+
+
+def test_places_are_measured_too() -> None:
+    table = choice_logprobs(tiny.llama(), preferences.tokenizer(), PROMPTS, CHOICES)
+    found, places = measure_table(table, ANSWERS), bias_of_table(table.logprobs, ANSWERS)
+    assert found["anchored"] == places["anchored"] and found["anchor_gap"] == places["anchor_gap"]
 
 
 class Watch(TrainerCallback):

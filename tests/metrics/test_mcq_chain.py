@@ -7,7 +7,7 @@ import scipy.stats
 from sklearn.metrics import accuracy_score, brier_score_loss
 
 from hf_logits.metrics import McqChain
-from hf_logits.metrics.mcq_chain import STAGES, chain, compute_correlations, kendall, mcq_chain, pearson, ranks, spread
+from hf_logits.metrics.mcq_chain import STAGES, chain, compute_correlations, correlations, mcq_chain, spread
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from hf_logits.metrics.mcq_chain import STAGES, chain, compute_correlations, ken
         ((-2, -3, -4, -4), (-2, 0.135335, 0.610296, 0.215920, 0.053980, 1)),
         ((-5, -6, -7, -7), (-5, 0.006738, 0.610296, 0.215920, 0.053980, 1)),
         ((-3, -2, -4, -4), (-3, math.exp(-3), 0.224515, 0.987481, 0.246870, 0)),
-        ((-1, -1, -1, -1), (-1, math.exp(-1), 0.25, 0.75, 0.1875, 1)),
+        ((-2, -2, -2, -2), (-2, math.exp(-2), 0.25, 0.75, 0.1875, 1)),
     ],
 )
 def test_by_hand(logprobs: Any, expected: Any) -> None:
@@ -43,6 +43,21 @@ def test_the_numbers_of_scikit_learn_and_lm_eval() -> None:
     # lm-eval: the mean over questions of the sum over choices
     assert found["brier"] == pytest.approx(np.mean(np.sum((shares - np.eye(4)[gold]) ** 2, axis=1)))
     assert found["accuracy"] == pytest.approx(accuracy_score(gold, np.argmax(values, axis=1)))
+
+
+def test_mass_that_is_counted_twice() -> None:
+    """The union of "a" and "a b" has the probability of "a"."""
+    row = np.log([[0.4, 0.4, 0.3]]).tolist()
+    with pytest.raises(ValueError, match="row 0 have 1.1 of probability.*Give distinct="):
+        mcq_chain(row, [0])
+    found = mcq_chain(row, [0], distinct=[[True, False, True]])
+    assert found["p_vocab_choices"] == pytest.approx(0.7) and found["p_choices"] == pytest.approx(4 / 11)
+    given = {"predictions": row, "references": [0], "distinct": [[True, False, True]]}
+    assert McqChain("distinct", keep_in_memory=True).compute(**given) == found
+    assert McqChain(keep_in_memory=True).compute(**given) == found
+    with pytest.raises(ValueError, match="of probability together"):
+        compute_correlations([row] * 2, [[0]] * 2, [1.0, 2.0])
+    assert "log_p_choices" not in found
 
 
 def test_ragged_rows() -> None:
@@ -82,11 +97,12 @@ def test_correlations_are_those_of_scipy() -> None:
     scores = np.round(rng.normal(size=(7, 20)) + x[:, None], 1)
     scores[:, 0], scores[3, 1], x[2] = scores[1, 0], scores[2, 1], x[4]  # a constant, ties
     with np.errstate(invalid="ignore"):
-        for ours, theirs in (
-            (pearson(x, scores), scipy.stats.pearsonr),
-            (pearson(ranks(x), ranks(scores)), scipy.stats.spearmanr),
-            (kendall(x, scores), scipy.stats.kendalltau),
+        for kind, theirs in (
+            ("pearson", scipy.stats.pearsonr),
+            ("spearman", scipy.stats.spearmanr),
+            ("kendall", scipy.stats.kendalltau),
         ):
+            ours = correlations(x, scores, kind)
             assert math.isnan(ours[0])
             assert ours[1:] == pytest.approx([theirs(x, column)[0] for column in scores.T[1:]])
 
@@ -98,6 +114,7 @@ def test_spread_is_that_of_scipy() -> None:
     assert found["skewness"] == pytest.approx(scipy.stats.skew(values))
     assert found["kurtosis"] == pytest.approx(scipy.stats.kurtosis(values))
     assert found["energy_distance"] == pytest.approx(scipy.stats.energy_distance(values, [1.0]))
+    assert found["ks"] == pytest.approx(scipy.stats.ks_2samp(values, np.ones(30)).statistic)
     # the exact area under the share above t
     grid = np.linspace(-1, 1, 200_001)
     above = np.searchsorted(np.sort(-values), -grid, side="left") / len(values)
@@ -128,11 +145,31 @@ def test_correlation_decays_along_the_chain() -> None:
     assert means[1] > means[2] + 0.1 and means[2] > means[3] - 0.02 and means[3] > means[4]
     assert found["p_vocab"]["pearson"]["mean"] != found["log_p_vocab"]["pearson"]["mean"]
     missing = found["accuracy"]["spearman"]["frac_nan"]
-    assert missing > 0.3 and f"{missing:.3f}" in found["notes"]["accuracy"]
+    assert missing > 0.3
+    assert f"{missing:.3f} of the questions" in found["notes"]["accuracy.spearman"]
+    assert f"nothing varies in {round(missing * 400)}" in found["notes"]["accuracy.pearson"]
+    assert set(found["notes"]) == {f"accuracy.{kind}" for kind in ("pearson", "spearman", "kendall")}
     one = chain(values[:, 0], [0] * 12, reduction="sum")
     assert compute_correlations(values[:, :1], [[0]] * 12, compute)["negative_brier"]["kendall"][
         "mean"
     ] == pytest.approx(scipy.stats.kendalltau(compute, -one["brier"])[0])
+
+
+def test_answers_too_improbable_for_a_float_keep_their_correlations() -> None:
+    """Correlations do not know the scale of a score."""
+    values, gold, compute = family()
+    values, gold = values[:, :40], [row[:40] for row in gold]
+    plain, low = compute_correlations(values, gold, compute), compute_correlations(values - 800, gold, compute)
+    assert np.exp(values - 800).max() == 0
+    for kind in ("pearson", "spearman", "kendall"):
+        for stage in STAGES:
+            assert low[stage][kind] == pytest.approx(plain[stage][kind], abs=1e-9, nan_ok=True), (stage, kind)
+    # the right answer alone falls out of the range of floats
+    values[..., 0] -= 760
+    x, right = np.log10(compute), values[..., 0]
+    shares = np.exp(right - scipy.special.logsumexp(values, axis=-1) + 760)
+    expected = np.mean([scipy.stats.pearsonr(x, column)[0] for column in shares.T])
+    assert compute_correlations(values, gold, compute)["p_choices"]["pearson"]["mean"] == pytest.approx(expected)
 
 
 def test_models_without_compute_are_left_out_and_said() -> None:
@@ -149,6 +186,12 @@ def test_impossible_answers_have_ranks_but_no_pearson() -> None:
     found = compute_correlations(values, [[0]] * 3, [1.0, 10.0, 100.0])
     assert found["log_p_vocab"]["spearman"]["mean"] == pytest.approx(1.0)
     assert math.isnan(found["log_p_vocab"]["pearson"]["mean"]) and found["log_p_vocab"]["pearson"]["frac_nan"] == 1
+    notes = found["notes"]
+    assert "a score is infinite in 1" in notes["log_p_vocab.pearson"] and "log_p_vocab.spearman" not in notes
+    assert notes["log_p_vocab.spearman.skewness"] == "all correlations are the same"
+    values[0, 0] = -np.inf
+    found = compute_correlations(values, [[0]] * 3, [1.0, 10.0, 100.0])
+    assert "gives no choice any probability in 1" in found["notes"]["p_choices.kendall"]
 
 
 def test_the_configuration_for_a_family() -> None:
@@ -160,11 +203,19 @@ def test_the_configuration_for_a_family() -> None:
     assert repr(found) == repr(expected)
 
 
+def test_a_family_without_questions_or_models() -> None:
+    for rows in (([], [], []), ([[], []], [[], []], [1.0, 2.0])):
+        found = compute_correlations(*rows)
+        assert all(math.isnan(found[stage]["kendall"]["mean"]) for stage in STAGES)
+        assert found["notes"]["accuracy.kendall"] == "there are no rows"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (([[[-1.0, -2.0]]], [[0], [0]], [1.0]), "1 tables, 2 lists"),
         (([[[-1.0, -2.0]]] * 2, [[0], [1]], [1.0, 2.0]), "references differ between models"),
+        (([[[-1.0, -2.0]], [[-1.0, -2.0, -3.0]]], [[0], [0]], [1.0, 2.0]), "numbers of choices differ"),
         (([[[-1.0, -2.0]]] * 2, [[0], [0]], [1.0, -2.0]), "at least 0"),
         (([[[-1.0, -2.0]]] * 2, [[0], [0]], [1.0, math.nan]), "at least 0"),
         (([[[-1.0, -2.0]]] * 2, [[0], [0]], [1.0, 0.0]), "1 models have a finite compute"),

@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn import metrics
 
 from hf_logits.metrics import OpenSet, open_set_inputs
 from hf_logits.metrics.open_set import open_set, oscr, oscr_as_published
@@ -69,6 +70,12 @@ def test_exact_and_published_areas(known: tuple, right: tuple, strange: tuple, e
     assert measured(known, right, strange, compat="arpl")["oscr"] == pytest.approx(published, abs=5e-5)
 
 
+def test_with_many_rows_the_published_area_is_near() -> None:
+    rng = np.random.default_rng(0)
+    known, right, strange = rng.normal(1, 1, 2500), rng.random(2500) < 0.8, rng.normal(0, 1, 2500)
+    assert 1e-6 < abs(oscr(known, right, strange) - oscr_as_published(known, right, strange)) < 1e-3
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_areas_are_what_sweeping_gives(ties: bool) -> None:
     for seed in range(10):
@@ -93,7 +100,6 @@ def test_identities(ties: bool) -> None:
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_scikit_learn_agrees(ties: bool) -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
     for seed in range(5):
         known, right, strange = random_rows(seed, ties=ties)
         found = measured(known, right, strange)
@@ -160,6 +166,8 @@ def test_as_compute_metrics_of_a_trainer() -> None:
         (lambda: open_set([0], [math.nan], [0]), "1 are NaN"),
         (lambda: open_set([0], [1.0], [-2]), "numbers from 0 on"),
         (lambda: open_set([-1], [1.0], [0]), "numbers from 0 on"),
+        (lambda: open_set([0.7], [1.0], [0]), r"predictions must be whole numbers.*\[0.7\]"),
+        (lambda: open_set([0, 0], [1.0, 2.0], [0, math.nan]), "references must be whole numbers"),
         (lambda: open_set([0], [1.0], [0], compat="official"), "None or 'arpl'"),
         (lambda: open_set_inputs([1.0, 2.0]), r"\[rows, classes\]"),
         (lambda: open_set_inputs([[1.0], [2.0]]), "two classes or more"),

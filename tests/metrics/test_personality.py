@@ -114,6 +114,10 @@ def test_one_test_is_not_consistent_but_undefined():
         == found["notes"]["fairness"]
         == ("a single test is always consistent; of 'women' there is one")
     )
+    alone = "a single test is always consistent"
+    assert math.isnan(found["consistency_by_group"]["women"]) and math.isnan(found["fairness_by_pair"]["men, women"])
+    assert found["notes"]["consistency_by_group.women"] == found["notes"]["fairness_by_pair.men, women"] == alone
+    assert "consistency_by_group.men" not in found["notes"]
     assert found["notes"]["robustness"] == "it needs tests of the groups 'fixed' and 'permuted'"
     assert personality(TESTS)["notes"]["fairness"] == "it needs tests of two subjects or more"
 

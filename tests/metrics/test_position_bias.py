@@ -58,7 +58,10 @@ def test_rows_without_an_answer() -> None:
 
 def test_right_places_that_are_all_the_same() -> None:
     found = position_bias([0, 1, 1], [0, 0, 0], num_choices=2)
-    assert math.isnan(found["recall"][1]) and "[1]" in found["notes"]["recall"] and found["rstd"] == 0
+    assert math.isnan(found["recall"][1]) and "[1]" in found["notes"]["recall"]
+    # one recall has no spread: 0 would say that there is no bias
+    assert math.isnan(found["rstd"]) and found["notes"]["rstd"] == "fewer than two places are ever right"
+    assert position_bias([0, 1, 1], [0, 0, 1], num_choices=3)["rstd"] == 0.25
     assert math.isnan(found["anchored"]) and "wrong choice" in found["notes"]["anchored"]
     assert found["kl"] == math.inf and "never right" in found["notes"]["kl"]
     assert found["tv"] == pytest.approx(2 / 3)
@@ -118,10 +121,19 @@ def test_rotations_without_an_answer_do_not_agree() -> None:
 
 def test_ragged_rotations() -> None:
     found = permutation_consistency([[1, 1], [2, 2, 2]], [1, 0])
-    assert found["consistency"] == 1 and found["accuracy_per_rotation"] == [0.5, 0.5, 0]
-    assert set(found["by_num_choices"]) == {2, 3}
+    assert found["consistency"] == 1 and found["accuracy"] == 0.4
+    for key in ("accuracy_per_rotation", "accuracy_range", "delta"):
+        assert math.isnan(found[key]) and "see by_num_choices" in found["notes"][key]
+    assert repr(found["by_num_choices"]) == repr(
+        {2: permutation_consistency([[1, 1]], [1]), 3: permutation_consistency([[2, 2, 2]], [0])}
+    )
+    mixed = permutation_consistency([[1, 1], [2, 2, 2]], [1, 0], num_choices=3)
+    assert math.isnan(mixed["accuracy_range"]) and "unequal numbers of rotations" in mixed["notes"]["delta"]
+    assert "by_num_choices" not in mixed
     fewer = permutation_consistency([[1, 1]], [1], num_choices=4)
     assert len(fewer["frequencies"]) == 4 and fewer["frequencies"] == [0.5, 0.5, 0, 0]
+    assert np.isnan(fewer["delta"]).tolist() == [False, False, True, True]
+    assert fewer["notes"]["delta"] == "the right choice was never at the places [2, 3]"
 
 
 def test_the_configurations() -> None:
@@ -139,7 +151,13 @@ def test_the_configurations() -> None:
 def test_the_gap_of_a_table_that_has_none() -> None:
     made = PositionBias("logprobs", keep_in_memory=True)
     found = made.compute(predictions=[[-1.0, -2.0]], references=[0])
-    assert math.isnan(found["anchor_gap"]) and "anchor is wrong" in found["notes"]["anchor_gap"]
+    assert math.isnan(found["anchor_gap"]) and "anchor for a wrong choice" in found["notes"]["anchor_gap"]
+    # a banned choice leaves its row out, and not the others
+    found = made.compute(predictions=[[-1.0, -3.0], [-1.0, -math.inf]], references=[1, 1])
+    assert found["anchor_gap"] == 2 and found["notes"]["anchor_gap"].startswith("1 rows")
+    with pytest.raises(ValueError, match="num_choices is not for log-probs"):
+        made.compute(predictions=[[-1.0, -3.0]], references=[1], num_choices=2)
+    assert made.compute(predictions=[], references=[])["notes"]["tie_rate"] == "there are no rows"
     found = made.compute(predictions=[[-math.inf, -math.inf]], references=[1])
     assert math.isnan(found["anchor_gap"]) and found["none_rate"] == 1 and found["accuracy"] == 0
 
@@ -163,6 +181,7 @@ def test_no_rows() -> None:
         (lambda: permutation_consistency([[0, 0, 0]], [0], num_choices=2), "more rotations than choices"),
         (lambda: permutation_consistency([[0, 0]], [0, 0]), "2 references"),
         (lambda: permutation_consistency([[0, 2]], [0]), "predictions has 2"),
+        (lambda: permutation_consistency([[0, 1]], [0], anchor=2), "anchor is 2"),
         (
             lambda: PositionBias(keep_in_memory=True).compute(predictions=[0], references=[0]),
             "num_choices is needed",

@@ -2,6 +2,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
+from sklearn import linear_model
+from sklearn.feature_extraction import text as features
 
 from hf_logits.metrics import RefusalRate
 from hf_logits.metrics.refusal_rate import (
@@ -57,7 +60,6 @@ def test_rate_and_interval_by_hand() -> None:
 
 
 def test_scipy_agrees() -> None:
-    stats = pytest.importorskip("scipy.stats")
     for count, total in ((0, 5), (5, 5), (1, 7), (50, 100), (3, 1000)):
         for level in (0.8, 0.95, 0.99):
             expected = stats.binomtest(count, total).proportion_ci(level, method="wilson")
@@ -117,10 +119,19 @@ def test_a_classifier_is_a_function_of_the_texts() -> None:
     assert found["mean_probability"] == pytest.approx(1.4 / 3)
 
 
+def test_blank_answers_are_no_refusals_of_any_classifier() -> None:
+    asked: list[str] = []
+
+    def all_of_them(texts: list[str]) -> list[float]:
+        asked.extend(texts)
+        return [1.0] * len(texts)
+
+    found = RefusalRate(keep_in_memory=True).compute(predictions=["no", " \n", "", "no"], classifier=all_of_them)
+    assert (found["refusal_rate"], found["empty"], asked) == (0.5, 2, ["no", "no"])
+
+
 def test_a_classifier_from_scikit_learn() -> None:
-    text = pytest.importorskip("sklearn.feature_extraction.text")
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    vectors = text.TfidfVectorizer().fit(REFUSED + COMPLIED)
+    vectors = features.TfidfVectorizer().fit(REFUSED + COMPLIED)
     model = linear_model.LogisticRegression(C=100.0).fit(vectors.transform(REFUSED + COMPLIED), [1] * 3 + [0] * 5)
     found = RefusalRate(keep_in_memory=True).compute(
         predictions=REFUSED + COMPLIED, classifier=lambda texts: model.predict_proba(vectors.transform(texts))[:, 1]
@@ -180,6 +191,7 @@ def test_no_answers_are_said_to_be_none() -> None:
         (lambda: refusal_rate([0.5], references=[2]), "1 where a refusal is wanted"),
         (lambda: refusal_rate([0.5], threshold=2.0), "threshold must be in"),
         (lambda: refusal_rate([0.5], level=0.0), "level must be in"),
+        (lambda: refusal_rate([0.5], level=1.0), "level must be below 1"),
         (lambda: refusal_rate([0.5], sensitivity=0.9), "both sensitivity and specificity"),
         (lambda: by_phrases(["a"], []), "none of them empty"),
         (lambda: by_phrases(["a"], [" "]), "none of them empty"),

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 
 import hf_logits
 import tiny
-from hf_logits.metrics import choice_logprobs
+from hf_logits.metrics import choice_logprobs, tables
 from hf_logits.metrics.scoring import per_prompt
 from hf_logits.processors import GeDiLogitsProcessor, MixtureLogitsProcessor
 from hf_logits.sharing import steering
@@ -289,6 +289,33 @@ def test_choices_that_begin_with_another_are_part_of_it() -> None:
     table = choice_logprobs(tiny.llama(), word_tokenizer(), ["w10"], ["w20 w21", "w20", "w22", "w20 w21 w23"])
     assert table.distinct == [[False, True, True, False]]
     assert 0 < sum(torch.tensor(table.logprobs[0]).exp()[torch.tensor(table.distinct[0])]) < 1
+
+
+def test_first_tokens_have_at_least_the_mass_of_whole_choices() -> None:
+    whole = choice_logprobs(tiny.llama(), word_tokenizer(), PROMPTS, CHOICES)
+    first = choice_logprobs(
+        tiny.llama(), word_tokenizer(), PROMPTS, [[choice.split()[0] for choice in own] for own in CHOICES]
+    )
+    mass = [tables.mass(*tables.read_logprobs(one.logprobs), one.distinct) for one in (first, whole)]
+    assert (mass[0] >= mass[1]).all() and (mass[0] > mass[1]).any()
+
+
+class DeadEnd(LogitsProcessor):
+    """Forbids a token, and everything behind it."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        (banned,) = ids("w41")
+        scores = scores.clone()
+        scores[:, banned] = -torch.inf
+        scores[input_ids[:, -1] == banned] = -torch.inf
+        return scores
+
+
+def test_what_follows_an_impossible_token_is_impossible() -> None:
+    found = choice_logprobs(
+        tiny.llama(), word_tokenizer(), ["w10"], ["w41 w42 w43", "w44"], logits_processor=[DeadEnd()]
+    )
+    assert found.logprobs[0][0] == -torch.inf and found.logprobs[0][1] > -torch.inf
 
 
 # --- chats and pipelines ---------------------------------------------------------------------------------------------------

@@ -108,6 +108,8 @@ def test_what_is_missing_is_said() -> None:
     assert math.isnan(found["follow_gap"]) and "natural and unnatural" in found["notes"]["follow_gap"]
     assert math.isnan(found["prior_following"]) and "words of a natural" in found["notes"]["prior_following"]
     assert math.isnan(found["accuracy_neutral"]) and "no verbalizer is neutral" in found["notes"]["accuracy_neutral"]
+    some = verbalizer_gap([0] * 3, [0] * 3, ["a|b", "b|a", "c|d"], ["natural", "unnatural", "unnatural"])
+    assert some["prior_following"] == 0 and some["notes"]["prior_following"].startswith("1 unnatural rows")
     assert "there are no rows" in verbalizer_gap([], [], [], [])["notes"]["invalid_rate"]
 
 
@@ -119,6 +121,17 @@ def test_tables_of_log_probs() -> None:
     assert found["accuracy_natural"] == 1 and found["accuracy_unnatural"] == 0
     assert found["attentiveness"] == pytest.approx(0.4)
     assert [one["attentiveness"] for one in found["by_verbalizer"].values()] == pytest.approx([0.5, 0.3])
+    assert found["tie_rate"] == 0
+    nothing = VerbalizerGap("logprobs", keep_in_memory=True).compute(
+        predictions=[], references=[], verbalizer=[], group=[]
+    )
+    assert math.isnan(nothing["attentiveness"]) and nothing["notes"]["attentiveness"] == "there are no rows"
+    tied = np.log([[0.7, 0.7]]).tolist()
+    rows = {"predictions": tied, "references": [0], "verbalizer": ["foo|foobar"], "group": ["neutral"]}
+    with pytest.raises(ValueError, match="1.4 of probability.*Give distinct="):
+        VerbalizerGap("logprobs", keep_in_memory=True).compute(**rows)
+    found = VerbalizerGap("logprobs", keep_in_memory=True).compute(**rows, distinct=[[True, False]])
+    assert found["attentiveness"] == pytest.approx(0.7) and found["tie_rate"] == 1
     with pytest.raises(ValueError, match="one log-prob for each word"):
         VerbalizerGap("logprobs", keep_in_memory=True).compute(
             predictions=[[-1.0, -2.0]], references=[0], verbalizer=["a|b|c"], group=["natural"]
