@@ -1,7 +1,7 @@
 """Multiple choice while a model trains: in the log, and in the metrics that the best checkpoint is chosen by."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -127,7 +127,7 @@ class MCQEvalCallback(TrainerCallback):
         with trainer.compute_loss_context_manager():
             table = choice_logprobs(
                 accelerator.unwrap_model(trainer.model),
-                self.tokenizer,
+                cast(Any, self.tokenizer),
                 prompts,
                 choices,
                 prior=None if self._questions[0][2] is None else priors,
