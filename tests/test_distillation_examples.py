@@ -71,7 +71,6 @@ def check(text: str, name: str, seeds: int) -> None:
 
 @pytest.mark.slow
 def test_digits(examples, tmp_path, capsys):
-    pytest.importorskip("sklearn")
     settings = ["--steps", "1", "--teacher-steps", "1", *untuned("image_classifier", tmp_path)]
     examples("image_classifier").main(settings)
     text = (tmp_path / "out" / "image_classifier.md").read_text()

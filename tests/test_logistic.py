@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sklearn import linear_model
 
 from hf_logits.logistic import fit_logistic
 
@@ -17,7 +18,6 @@ def problem(groups: int, rows: int, width: int, *, apart: float = 1.0) -> tuple[
 @pytest.mark.parametrize("shape", [(1, 12, 2), (5, 40, 3), (4, 10, 16)])
 @pytest.mark.parametrize("apart", [0.0, 1.0, 50.0])
 def test_each_is_what_a_library_finds(shape, penalty, apart):
-    linear_model = pytest.importorskip("sklearn.linear_model")
     features, labels = problem(*shape, apart=apart)
     weights, bias = fit_logistic(features, labels, penalty=penalty)
     for own, rows, b in zip(weights, features, bias, strict=True):

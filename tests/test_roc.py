@@ -1,7 +1,8 @@
-"""Rates of a score, by hand, by counting pairs, and against scikit-learn where it is there."""
+"""Rates of a score, by hand, by counting pairs, and against scikit-learn."""
 
 import numpy as np
 import pytest
+from sklearn import metrics
 
 from hf_logits.roc import (
     NEVER,
@@ -48,7 +49,6 @@ def test_the_area_is_the_share_of_pairs_that_are_won(ties):
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_scikit_learn_agrees(ties):
-    metrics = pytest.importorskip("sklearn.metrics")
     positive, negative = scores(0, ties=ties)
     labels, both = np.repeat([1, 0], [len(positive), len(negative)]), np.concatenate([positive, negative])
     false_rates, true_rates, thresholds = metrics.roc_curve(labels, both, drop_intermediate=False)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from sklearn import linear_model
 from torch import Tensor
 
 import tiny
@@ -56,7 +57,6 @@ def test_what_does_not_vary_is_left_alone():
 
 
 def test_accuracies_are_those_of_a_library():
-    linear_model = pytest.importorskip("sklearn.linear_model")
     activations, _ = people()
     rows = activations.flatten(0, 1)
     labels = torch.arange(20) % 3 == 0
