@@ -130,8 +130,9 @@ def test_people_review_the_rows_with_most_entropy() -> None:
     for review, expected in ((0.0, []), (0.2, [1]), (0.4, [1, 3]), (0.41, [0, 1, 3]), (1.0, [0, 1, 2, 3, 4])):
         found = judge_position(rows, rows, swapped_back=True, review=review)
         assert found["review_indices"] == expected
-    equal = [unsure] * 60
-    assert judge_position(equal, equal, swapped_back=True)["review_indices"] == list(range(12))  # the earlier ones
+    many = [unsure, sure] * 40
+    found = judge_position(many, many, swapped_back=True, review=0.25)
+    assert found["review_indices"] == list(range(0, 40, 2))  # of equal ones the earlier
     said = ["win", "lose", "lose", "tie", "win"]
     found = judge_position(rows, rows, said, swapped_back=True, review=0.4)
     assert found["verdicts"] == ["win", "tie", "win", "tie", "win"]
