@@ -143,11 +143,11 @@ class TRICEConfig(GRPOConfig):
             if given != value:
                 raise ValueError(f"TRICE needs {name}={value!r}, its default, got {given!r}: see TRICEConfig.")
         if self.generation_batch_size is None:
-            steps = self.steps_per_generation or self.gradient_accumulation_steps
-            self._check_even(self.per_device_train_batch_size * steps)
+            micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
+            self._check_even(self.per_device_train_batch_size * micro_batches)
         super().__post_init__()
+        assert self.steps_per_generation is not None and self.generation_batch_size is not None
         steps, processes = self.steps_per_generation, self.world_size
-        assert steps is not None and self.generation_batch_size is not None
         self._check_even(self.generation_batch_size // processes)
         if self.gradient_accumulation_steps % steps:
             raise ValueError(
@@ -238,6 +238,7 @@ class TRICETrainer(ResumableMixin, GRPOTrainer):
     model: Any
     train_dataset: Any
     _signature_columns: Any
+    _logs: Any
     _state_file = "rationales.safetensors"
 
     def __init__(
@@ -324,7 +325,7 @@ class TRICETrainer(ResumableMixin, GRPOTrainer):
     # --- pairs -----------------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
-        stock = super()._get_train_sampler(dataset)
+        stock: Any = super()._get_train_sampler(dataset)
         return _EpochSampler(stock, self.args.seed, lambda: int(self.state.epoch or 0)) if stock.shuffle else stock
 
     def _set_signature_columns_if_needed(self) -> None:
