@@ -143,12 +143,11 @@ class TRICEConfig(GRPOConfig):
             if given != value:
                 raise ValueError(f"TRICE needs {name}={value!r}, its default, got {given!r}: see TRICEConfig.")
         if self.generation_batch_size is None:
-            turns = self.steps_per_generation or self.gradient_accumulation_steps
-            self._check_even(self.per_device_train_batch_size * turns)
+            micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
+            self._check_even(self.per_device_train_batch_size * micro_batches)
         super().__post_init__()
-        processes = self.world_size
-        steps = self.steps_per_generation
-        assert steps is not None and self.generation_batch_size is not None
+        assert self.steps_per_generation is not None and self.generation_batch_size is not None
+        steps, processes = self.steps_per_generation, self.world_size
         self._check_even(self.generation_batch_size // processes)
         if self.gradient_accumulation_steps % steps:
             raise ValueError(
@@ -239,6 +238,7 @@ class TRICETrainer(ResumableMixin, GRPOTrainer):
     model: Any
     train_dataset: Any
     _signature_columns: Any
+    _logs: Any
     _state_file = "rationales.safetensors"
 
     def __init__(
@@ -423,8 +423,7 @@ class TRICETrainer(ResumableMixin, GRPOTrainer):
             metrics["trice/beta"].append(rates.mean().item() if len(rates) else 0.0)
         metrics["trice/rows"].append(rows * self.accelerator.num_processes / weights.numel())
         metrics["trice/unjudged"].append(unjudged.float().mean().item())
-        logged: Any = self._logs["advantages"]
-        logged.extend(weights.flatten().tolist())  # holds one generation batch: these replace GRPO's
+        self._logs["advantages"].extend(weights.flatten().tolist())  # holds one generation batch: these replace GRPO's
         self._counts = [self._counts[0] + len(right), self._counts[1] + int(right.sum())]
         if unjudged.any():
             logger.warning_once(
