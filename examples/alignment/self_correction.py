@@ -128,7 +128,7 @@ def stage(number: int, source: Path, folder: Path, seed: int, steps: int, **more
         gradient_checkpointing=False,
         report_to=[],
         save_strategy="no",
-        logging_steps=steps,
+        logging_steps=max(steps // 10, 1),
         disable_tqdm=True,
         seed=seed,
         **more,
