@@ -166,17 +166,19 @@ def typical_words(own: Sequence[str], contrasts: Sequence[Sequence[str]], topic:
 
 
 @cache
-def judges(part: str, count: int = 20) -> dict[str, frozenset[str]]:
-    """Typical words of each topic of a held-out part, by the texts of that part and by tweets.
+def judges(part: str, count: int = 20, *, new: bool = False) -> dict[str, frozenset[str]]:
+    """Typical words of each topic of a held-out part. Training saw none of the texts that tell: those of both held-out parts, and tweets.
 
-    No word that any training text has, the control codes among them, is one of these.
+    Args:
+        new: leave out words that some training text has, be it about something else, and the control codes.
     """
+    held_out = [*documents("validation"), *documents("test")]
     tweets = [text for text, _ in rated_sentences(("tweets",))["tweets"]]
-    learned = {"true", "false"} | {word for text, _ in documents("train") for word in words_of(text)}
+    learned = {"true", "false"} | {word for text, _ in documents("train") for word in words_of(text)} if new else set()
     found = {}
     for topic in TOPICS[part]:
-        own = [text for text, its in documents(part) if its == topic]
-        others = [text for text, its in documents(part) if its != topic]
+        own = [text for text, its in held_out if its == topic]
+        others = [text for text, its in held_out if its != topic]
         words = typical_words(own, [others, tweets], topic, count=10**6)
         found[topic] = frozenset([word for word in words if word not in learned][:count])
     return found

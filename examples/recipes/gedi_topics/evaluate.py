@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--target-p", type=float, nargs="+", help="as the recipe has it if left out")
     made.add_argument("--top-p", type=float, default=0.9, help="of sampling")
     made.add_argument("--repetition-penalty", type=float, default=1.2)
+    made.add_argument("--new-words", action="store_true", help="judge by words that no training text has")
     made.add_argument("--texts", type=int, default=400, help="held-out texts on which the guide itself is tried")
     made.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     options = made.parse_args(arguments)
@@ -106,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     model, tokenizer = models(options)
     recipe = GeDiLogitsProcessor.from_pretrained(options.output, main_model=model, tokenizer=tokenizer)
     settings = recipe.saved_arguments()
-    topics, judge = list(TOPICS[options.part]), judges(options.part)
+    topics, judge = list(TOPICS[options.part]), judges(options.part, new=options.new_words)
     prompts = [opening for opening in OPENINGS for _ in range(options.samples)]
     chosen = {"do_sample": True, "top_p": options.top_p, "repetition_penalty": options.repetition_penalty}
 
@@ -184,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{len(topics)} topics of the {options.part} part ({', '.join(topics)}), none of which the guide has learned; {len(OPENINGS)} neutral "
         f"openings with {options.samples} samples each, {options.tokens} tokens, top-p {options.top_p:g}, repetition penalty "
         f"{options.repetition_penalty:g}, seed {options.seed}. On topic is what has one of the {max(map(len, judge.values()))} words that are "
-        "most typical of the topic's own texts, which training never saw, the topic word itself not among them. Intervals (95 %) are over "
+        "most typical of the topic's own texts, which training never saw, the topic word itself {'and words of any training text ' if options.new_words else ''}not among them. Intervals (95 %) are over "
         f"openings. The guide itself finds the topic of {100 * right:.1f} % of {count} texts (by chance {100 / len(topics):.1f} %). Perplexity "
         "is that under the plain model, of the continuations alone.\n\n"
     )
