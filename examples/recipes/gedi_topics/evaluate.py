@@ -185,7 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"{len(topics)} topics of the {options.part} part ({', '.join(topics)}), none of which the guide has learned; {len(OPENINGS)} neutral "
         f"openings with {options.samples} samples each, {options.tokens} tokens, top-p {options.top_p:g}, repetition penalty "
         f"{options.repetition_penalty:g}, seed {options.seed}. On topic is what has one of the {max(map(len, judge.values()))} words that are "
-        "most typical of the topic's own texts, which training never saw, the topic word itself {'and words of any training text ' if options.new_words else ''}not among them. Intervals (95 %) are over "
+        "most typical of the topic's own texts, which training never saw, "
+        f"{'neither the topic word nor a word of any training text' if options.new_words else 'the topic word itself not'} among them. Intervals (95 %) are over "
         f"openings. The guide itself finds the topic of {100 * right:.1f} % of {count} texts (by chance {100 / len(topics):.1f} %). Perplexity "
         "is that under the plain model, of the continuations alone.\n\n"
     )
