@@ -167,7 +167,7 @@ def test_as_compute_metrics_of_a_trainer() -> None:
         (lambda: open_set([0], [1.0], [-2]), "numbers from 0 on"),
         (lambda: open_set([-1], [1.0], [0]), "numbers from 0 on"),
         (lambda: open_set(np.array([0.7]), [1.0], [0]), r"predictions must be whole numbers.*\[0.7\]"),
-        (lambda: open_set([0, 0], [1.0, 2.0], [0, math.nan]), "references must be whole numbers"),
+        (lambda: open_set([0, 0], [1.0, 2.0], np.array([0, math.nan])), "references must be whole numbers"),
         (lambda: open_set([0], [1.0], [0], compat="official"), "None or 'arpl'"),
         (lambda: open_set_inputs([1.0, 2.0]), r"\[rows, classes\]"),
         (lambda: open_set_inputs([[1.0], [2.0]]), "two classes or more"),
