@@ -196,7 +196,8 @@ class _Encoder:
 
     def _reference(self, model: Any, name: str) -> dict[str, Any]:
         whole: Any = self.main_model.get_base_model() if isinstance(self.main_model, PeftModel) else self.main_model
-        if whole is not None and model is not self.main_model and _is_part(model, whole):
+        adapted = isinstance(model, PeftModel)
+        if whole is not None and model is not self.main_model and not adapted and _is_part(model, whole):
             return {"kind": "layers", "of": self.model(self.main_model), "layers": list(model.config.kept_layers)}
         origin = origin_of(model)
         if origin is not None:
