@@ -7,6 +7,7 @@ import math
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def save_adapter(model: PeftModel, folder: Path, *, rank: int | None = None) -> 
         halve(model)
         model.save_pretrained(folder, save_embedding_layers=False)
     else:
-        save_as_lora(folder, model, rank=rank)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Converting a PEFT adapter to LoRA that is already")
+            save_as_lora(folder, model, rank=rank)
         weights = load_file(folder / "adapter_model.safetensors")
         halved = {name: weight.half().contiguous() for name, weight in weights.items()}
         save_file(halved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
