@@ -1,10 +1,10 @@
-"""One trait of the Big Five on a dial: from answers to a questionnaire to vectors that move SmolLM2, some minutes on two cores.
+"""One trait of the Big Five on a dial: from what a person says of themselves to vectors that move SmolLM2, on two cores.
 
     python examples/personality/big_five.py
 
-A made-up person is as extraverted as can be. Their answers to some statements give the vectors, those to others the strength, and
-the rest shows what the strength does. A negative strength is the opposite person. Statements that speak for the trait and against
-it are reported apart: a model that merely agrees more would raise both. Table, figure and vectors lie in
+A made-up person says sentences for extraversion and none against it. Some pairs of sentences give the vectors, others the strength, and
+the rest shows what the strength does; a negative one is the opposite person. It is measured in two ways: which sentence of a pair the
+model would rather say of itself, and how it fills in the questionnaire. Table, figure and vectors lie in
 examples/output/personality/ afterwards.
 """
 
@@ -26,12 +26,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from smollm2 import load  # noqa: E402
 
-from hf_logits.processors import (  # noqa: E402
-    answer_probabilities,
-    collect_head_activations,
-    fit_personality,
-    search_strength,
-)
+from hf_logits.processors import answer_probabilities, collect_head_activations, fit_personality  # noqa: E402
 from hf_logits.processors.personality_alignment import QUESTION, SCORES  # noqa: E402
 
 
@@ -81,8 +76,33 @@ TEXTS = (
 )
 
 
-def question(statement: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": QUESTION.format(statement=statement)}]
+def beginning(tokenizer: Any) -> str:
+    """What stands in front of a sentence that the model says of itself."""
+    chat = [{"role": "user", "content": "Describe yourself in one sentence."}]
+    return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+
+
+@torch.no_grad()
+def own_words(model: Any, tokenizer: Any, places: list[int]) -> float:
+    """How probable the sentence for the trait is, of the two of a pair, by their log-probs per token; the mean over pairs."""
+    prompt = tokenizer(beginning(tokenizer), add_special_tokens=False)["input_ids"]
+    scores: list[list[float]] = [[], []]
+    for kind, found in zip((FOR, AGAINST), scores, strict=True):
+        for place in places:
+            said = tokenizer(f"I {kind[place]}.", add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([prompt + said], device=model.device)
+            labels = torch.tensor([[-100] * len(prompt) + said], device=model.device)
+            found.append(-model(ids, labels=labels).loss.item())
+    return float(torch.tensor(scores).softmax(0)[0].mean())
+
+
+def questionnaire(model: Any, tokenizer: Any, places: list[int]) -> float:
+    """The expected answer to the pairs' sentences from 1 to 5, turned round for those against the trait."""
+    sentences = [kind[place] for kind in (FOR, AGAINST) for place in places]
+    prompts = [[{"role": "user", "content": QUESTION.format(statement=sentence)}] for sentence in sentences]
+    answers = answer_probabilities(model, tokenizer, prompts, batch_size=16) @ torch.tensor(SCORES)
+    agree, disagree = (float(part.mean()) for part in answers.chunk(2))
+    return (agree + 6 - disagree) / 2
 
 
 @torch.no_grad()
@@ -96,13 +116,9 @@ def perplexity(model: Any, tokenizer: Any) -> float:
 
 
 def split(rng: random.Random, sizes: tuple[int, int]) -> list[list[int]]:
-    """Places of the statements to fit on, to choose the strength on, and to report; each with as many of either kind."""
-    orders = [rng.sample(range(len(kind)), len(kind)) for kind in (FOR, AGAINST)]
-    bounds = [0, sizes[0], sum(sizes), len(FOR)]
-    return [
-        [*orders[0][a:b], *(len(FOR) + place for place in orders[1][a:b])]
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    """Places of the pairs to fit on, to choose the strength on, and to report."""
+    order = rng.sample(range(len(FOR)), len(FOR))
+    return [order[: sizes[0]], order[sizes[0] : sum(sizes)], order[sum(sizes) :]]
 
 
 def table(curves: dict[str, dict[float, list[float]]]) -> str:
@@ -116,23 +132,21 @@ def table(curves: dict[str, dict[float, list[float]]]) -> str:
 
 
 def draw(curves: dict[str, dict[float, list[float]]], path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-    colors = ("#c0392b", "#2471a3", "#7f8c8d", "#117a65")
-    for (name, curve), color in zip(curves.items(), colors, strict=True):
-        axis = axes[1] if "perplexity" in name else axes[0]
-        means = [statistics.mean(values) for values in curve.values()]
+    figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.4))
+    colors = ("#c0392b", "#2471a3", "#7f8c8d")
+    for axis, (name, curve), color in zip(axes, curves.items(), colors, strict=True):
         for run in zip(*curve.values(), strict=True):
             axis.plot(list(curve), run, color=color, linewidth=0.6, alpha=0.5)
-        axis.plot(list(curve), means, color=color, linewidth=2, marker="o", markersize=3, label=name)
-    axes[0].set_ylabel("expected answer, 1 to 5")
-    axes[1].set_ylabel("perplexity of ordinary sentences")
-    axes[1].set_yscale("log")
-    for axis in axes:
+        means = [statistics.mean(values) for values in curve.values()]
+        axis.plot(list(curve), means, color=color, linewidth=2, marker="o", markersize=3)
         axis.axvline(0, color="0.7", linewidth=0.8)
         axis.set_xlabel("strength")
+        axis.set_title(name, fontsize=10)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=9)
+    axes[0].set_ylim(0, 1)
+    axes[1].set_ylim(1, 5)
+    axes[2].set_yscale("log")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
@@ -148,39 +162,37 @@ def main(arguments: list[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load(options.model)
 
-    prompts = [question(statement) for statement in (*FOR, *AGAINST)]
-    values = [5.0] * len(FOR) + [1.0] * len(AGAINST)
-    activations = collect_head_activations(model, tokenizer, prompts)  # once, for whoever answers
+    # Once, for whoever says them: each pair as one item that is answered with the one or the other sentence.
+    said = [[f"{beginning(tokenizer)}I {sentence}" for sentence in kind] for kind in (FOR, AGAINST)]
+    activations = torch.cat(
+        [collect_head_activations(model, tokenizer, prompts, answers=(".",), batch_size=16) for prompts in said], 1
+    )
 
-    dial = sorted({sign * strength for strength in options.strengths for sign in (-1.0, 1.0)} | {0.0})
-    names = ("statements for the trait", "statements against it", "the trait", "perplexity")
+    dial = sorted({0.0, *options.strengths, *(-strength for strength in options.strengths)})
+    names = ("own words: p(extraverted)", "questionnaire, 1 to 5", "perplexity of ordinary sentences")
     curves: dict[str, dict[float, list[float]]] = {name: {strength: [] for strength in dial} for name in names}
     chosen = []
     for seed in range(options.splits):
-        fit, dev, test = split(random.Random(seed), (8, 4))
-        vectors = fit_personality(activations[fit], [values[i] for i in fit], num_heads=options.heads, seed=seed)
-        vectors, _ = search_strength(
-            model,
-            tokenizer,
-            vectors,
-            [prompts[i] for i in dev],
-            [values[i] for i in dev],
-            strengths=options.strengths,
-            batch_size=16,
-        )
+        fit, dev, test = split(random.Random(seed), (8, 3))
+        vectors = fit_personality(activations[fit], [5.0] * len(fit), num_heads=options.heads, seed=seed)
+        on_dev = {}
+        for strength in options.strengths:
+            with vectors.applied(model, strength=strength):
+                on_dev[strength] = own_words(model, tokenizer, dev)
+        vectors = vectors.with_strength(max(on_dev, key=lambda strength: on_dev[strength]))
         for strength in dial:
             with vectors.applied(model, strength=strength):
-                probs = answer_probabilities(model, tokenizer, [prompts[i] for i in test], batch_size=16)
-                cost = perplexity(model, tokenizer)
-            answers = probs @ torch.tensor(SCORES)
-            agree, disagree = (float(part.mean()) for part in answers.chunk(2))
-            found = (agree, disagree, (agree + 6 - disagree) / 2, cost)
+                found = (
+                    own_words(model, tokenizer, test),
+                    questionnaire(model, tokenizer, test),
+                    perplexity(model, tokenizer),
+                )
             for curve, value in zip(curves.values(), found, strict=True):
                 curve[strength].append(value)
-        trait = curves["the trait"]
+        own = curves[names[0]]
         chosen.append(
-            f"split {seed}: strength {vectors.strength:g} chosen, the trait from {trait[0.0][-1]:.2f} to "
-            f"{trait[vectors.strength][-1]:.2f} on statements that were neither fitted nor chosen on"
+            f"split {seed}: strength {vectors.strength:g} chosen, own words from {own[0.0][-1]:.2f} to "
+            f"{own[vectors.strength][-1]:.2f} on pairs that were neither fitted nor chosen on"
         )
     vectors.save_pretrained(options.output / "extraverted")
     text = "\n".join([table(curves), "", *(f"- {line}" for line in chosen)])
