@@ -26,7 +26,7 @@ TABLES = {
     "sinkhorn": "Sinkhorn distances with their gradient",
     "engine": "The engine",
     "trainers": "Training steps against the stock trainers",
-    "rollouts": "Steps on own samples against GRPO",
+    "own_samples": "Steps on own samples against GRPO",
     "two_attempts": "Steps with two attempts against GRPO",
     "distillation": "Distillation without a tensor of tokens times vocabulary",
     "ches": "Scoring preference pairs",

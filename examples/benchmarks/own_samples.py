@@ -1,6 +1,6 @@
 """What an objective on the model's own samples costs beside stock GRPO: a step that generates and trains on as many tokens.
 
-python examples/benchmarks/rollouts.py [--quick]
+python examples/benchmarks/own_samples.py [--quick]
 """
 
 import random
