@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from operator import itemgetter
@@ -13,14 +13,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.data import Sampler
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from hf_logits.checks import check_choice, check_count, check_number
 from hf_logits.completions import Prompt
 from hf_logits.preferences import require_columns
-from hf_logits.resumable import ResumableMixin
+from hf_logits.resumable import EpochOrderMixin, ResumableMixin
 
 
 logger = logging.get_logger(__name__)
@@ -179,7 +178,7 @@ class TRICEConfig(GRPOConfig):
             )
 
 
-class TRICETrainer(ResumableMixin, GRPOTrainer):
+class TRICETrainer(EpochOrderMixin, ResumableMixin, GRPOTrainer):
     """Chain-of-thought tuning by latent-variable inference: the probability of the right answer, summed over all rationales.
 
     Hoffman et al. 2023, "Training Chain-of-Thought via Latent-Variable Inference" (https://huggingface.co/papers/2312.02179).
@@ -324,10 +323,6 @@ class TRICETrainer(ResumableMixin, GRPOTrainer):
 
     # --- pairs -----------------------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
-        stock: Any = super()._get_train_sampler(dataset)
-        return _EpochSampler(stock, self.args.seed, lambda: int(self.state.epoch or 0)) if stock.shuffle else stock
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self.args.id_column not in self._signature_columns:
@@ -462,20 +457,6 @@ class TRICETrainer(ResumableMixin, GRPOTrainer):
             logger.warning(
                 f"{dropped} of {len(memory)} remembered rationales are longer than max_completion_length ({longest}): forgotten."
             )
-
-
-class _EpochSampler(Sampler[int]):
-    """GRPO's order, which depends on nothing but the epoch: its own goes on from epoch to epoch, and begins anew when a run resumes."""
-
-    def __init__(self, stock: Any, seed: int, epoch: Callable[[], int]):
-        self.stock, self.seed, self.epoch = stock, seed, epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.stock.generator.manual_seed(self.seed + self.epoch())
-        return iter(self.stock)
-
-    def __len__(self) -> int:
-        return len(self.stock)
 
 
 def _in_turns(proposals: Iterable[Any], memories: Iterable[Any]) -> list[Any]:
