@@ -9,9 +9,8 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +37,6 @@ def model() -> PreTrainedModel:
     loaded, _ = load()
     loaded.generation_config.update(eos_token_id=None, pad_token_id=2, do_sample=False, temperature=None, top_p=None)
     return loaded
-
-
-def shortened(large: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """A smaller model for the clock: the first layers of `large`. What it says makes little sense."""
-    config = deepcopy(large.config)
-    config.num_hidden_layers, config.layer_types = layers, None
-    small = type(large)(config).eval()
-    small.load_state_dict(large.state_dict(), strict=False)
-    small.generation_config = deepcopy(large.generation_config)
-    return small
 
 
 def llama(vocabulary: int, width: int, layers: int, seed: int) -> LlamaForCausalLM:
@@ -95,6 +84,50 @@ def alternate(candidates: Mapping[str, Callable[[], Any]], repeats: int) -> dict
             if turn:
                 times[name].append(time.perf_counter() - start)
     return times
+
+
+def in_turns(steps: Sequence[Callable[[], Any]], rounds: int) -> list[tuple[float, ...]]:
+    """Seconds of each step, round by round, every other round from the last to the first. Steps warm up before."""
+    times = []
+    for index in range(rounds):
+        taken = [0.0] * len(steps)
+        for place in range(len(steps)) if index % 2 else reversed(range(len(steps))):
+            start = time.perf_counter()
+            steps[place]()
+            taken[place] = time.perf_counter() - start
+        times.append(tuple(taken))
+    return times
+
+
+def ready(trainer: Any) -> Any:
+    """As the trainer's own `train` makes it ready for a step."""
+    trainer.model = trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    return trainer
+
+
+def stepper(trainer: Any, *, counted: bool = False) -> Callable[[], None]:
+    """A call: whatever a training step does up to its backward, on the same batches in the same order.
+
+    Args:
+        counted: whether the trainer counts what a loss is divided by, as `train` would have it.
+    """
+    batches = list(trainer.get_train_dataloader())
+    count = -1
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        batch, items = batches[count % len(batches)], None
+        if counted:
+            (batch,), items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+        trainer.training_step(trainer.model, batch, items)
+        trainer.model.zero_grad(set_to_none=False)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return step
 
 
 def ratio(above: list[float], *below: list[float]) -> tuple[float, float, float]:

@@ -8,12 +8,13 @@ regrouping gets its moving of caches for nothing.
 from typing import Any
 
 import torch
-from common import NEW, alternate, decode, model, prompts, ratio, row, seconds, shortened, table
+from common import NEW, alternate, decode, model, prompts, ratio, row, seconds, table
 from torch import Tensor
 from transformers import DynamicCache
 
 import hf_logits
 from hf_logits import AuxiliaryLM
+from hf_logits.fewer_layers import keep_layers
 from hf_logits.generation import CACHE
 from hf_logits.processors import EntropyAdaptiveLogitsProcessor
 
@@ -62,7 +63,7 @@ def player(models: list[Any], forwards: Forwards, length: int) -> Any:
 
 def run(quick: bool = False) -> str:
     large = model()
-    small, new = shortened(large, 10), 16 if quick else NEW
+    small, new = keep_layers(large, range(10), share=False), 16 if quick else NEW
     lines = []
     for batch in (1,) if quick else (1, 8):
         ids = prompts(batch)

@@ -7,12 +7,11 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from common import llama, tokenizer
+from common import in_turns, llama, ready, stepper, tokenizer
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -77,26 +76,7 @@ def build(row: Row, size: dict[str, int], folder: str) -> Any:
         processing_class=tokenizer(vocabulary),
     )
     row.prepare(made)
-    made.model = made.model_wrapped = made.accelerator.prepare(made.model)
-    made.current_gradient_accumulation_steps = 1
-    made.model.train()
-    return made
-
-
-def stepper(trainer: Any) -> Callable[[], None]:
-    """A call: generate for a batch of the data, ask the verifier, one forward and backward."""
-    batches = list(trainer.get_train_dataloader())
-    count = -1
-
-    def step() -> None:
-        nonlocal count
-        count += 1
-        trainer.training_step(trainer.model, batches[count % len(batches)], None)
-        trainer.model.zero_grad(set_to_none=False)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    return step
+    return ready(made)
 
 
 class Tokens:
@@ -123,14 +103,7 @@ def compare(row: Row, size: dict[str, int], rounds: int) -> str:
             step()
         for count in counts:
             count.generated = count.trained = 0
-        times: list[tuple[float, float]] = []
-        for index in range(rounds):
-            taken = [0.0, 0.0]
-            for which in (0, 1) if index % 2 else (1, 0):
-                start = time.perf_counter()
-                steps[which]()
-                taken[which] = time.perf_counter() - start
-            times.append((taken[0], taken[1]))
+        times = in_turns(steps, rounds)
     stock, ours = (statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(after / before for before, after in times)
     tokens = [getattr(counts[1], kind) / getattr(counts[0], kind) for kind in ("generated", "trained")]

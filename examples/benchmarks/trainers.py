@@ -7,12 +7,10 @@ import random
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from common import llama, peak_memory, tokenizer
+from common import in_turns, llama, peak_memory, ready, stepper, tokenizer
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
@@ -77,43 +75,16 @@ def build(kind: tuple[type, type, dict[str, Any]], size: dict[str, int], folder:
         train_dataset=preferences(8 * size["batch"], vocabulary, size["length"]),
         processing_class=tokenizer(vocabulary),
     )
-    made.model = made.accelerator.prepare(made.model)
-    made.current_gradient_accumulation_steps = 1
-    made.model.train()
-    return made
-
-
-def stepper(trainer: Any) -> Callable[[], None]:
-    """One forward and backward of a training step at a call, on the same batches in the same order."""
-    batches = list(trainer.get_train_dataloader())
-    count = -1
-
-    def step() -> None:
-        nonlocal count
-        count += 1
-        (batch,), items = trainer.get_batch_samples(iter([batches[count % len(batches)]]), 1, trainer.args.device)
-        trainer.training_step(trainer.model, batch, items)
-        trainer.model.zero_grad(set_to_none=False)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    return step
+    return ready(made)
 
 
 def compare(row: Row, size: dict[str, int], rounds: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        steps = [stepper(build(kind, size, folder)) for kind in (row.stock, row.ours)]
+        steps = [stepper(build(kind, size, folder), counted=True) for kind in (row.stock, row.ours)]
     for step in steps:  # warm up
         step()
         step()
-    times: list[tuple[float, float]] = []
-    for index in range(rounds):
-        taken = [0.0, 0.0]
-        for which in (0, 1) if index % 2 else (1, 0):
-            start = time.perf_counter()
-            steps[which]()
-            taken[which] = time.perf_counter() - start
-        times.append((taken[0], taken[1]))
+    times = in_turns(steps, rounds)
     stock, ours = (statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(after / before for before, after in times)
     memory = [peak_memory(step) for step in steps]

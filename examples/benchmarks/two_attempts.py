@@ -10,13 +10,11 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import llama, tokenizer
+from common import in_turns, llama, ready, stepper, tokenizer
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -77,26 +75,7 @@ def build(trainer: type, config: type, size: dict[str, int], length: int, rollou
     )
     if rollout is not None:  # given to __init__, it warns that it is experimental
         made.rollout_func = rollout
-    made.model = made.accelerator.prepare(made.model)
-    made.current_gradient_accumulation_steps = 1
-    made.model.train()
-    return made
-
-
-def stepper(trainer: Any) -> Callable[[], None]:
-    """Rollouts, rewards, forward and backward at a call."""
-    batches = list(trainer.get_train_dataloader())
-    count = -1
-
-    def step() -> None:
-        nonlocal count
-        count += 1
-        trainer.training_step(trainer.model, batches[count % len(batches)], None)
-        trainer.model.zero_grad(set_to_none=False)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    return step
+    return ready(made)
 
 
 def run(quick: bool = False) -> str:
@@ -119,13 +98,8 @@ def run(quick: bool = False) -> str:
     steps = {name: stepper(trainer) for name, trainer in made.items()}
     for step in steps.values():  # warm up
         step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(rounds):
-        names = list(steps)
-        for name in names if index % 2 else reversed(names):
-            begin = time.perf_counter()
-            steps[name]()
-            times[name].append(time.perf_counter() - begin)
+    columns = zip(*in_turns(list(steps.values()), rounds), strict=True)
+    times = dict(zip(steps, columns, strict=True))
     head = [
         "trainer",
         "step",
