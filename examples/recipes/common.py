@@ -40,6 +40,21 @@ def parser(description: str | None, folder: Path) -> argparse.ArgumentParser:
     return made
 
 
+def schedule(options: argparse.Namespace) -> dict[str, Any]:
+    """What all helpers are trained with, for any config of a Trainer: one cosine with a short warm-up, and nothing saved on the way."""
+    return {
+        "per_device_train_batch_size": options.batch,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "seed": options.seed,
+        "use_cpu": options.device == "cpu",
+        "logging_steps": 10.0,
+        "save_strategy": "no",
+        "report_to": [],
+    }
+
+
 def tenth(text: str) -> int:
     """0 to 9, by the words of the text alone: what decides for good which part it belongs to."""
     return hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()[0] % 10

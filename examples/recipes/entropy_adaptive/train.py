@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from common import BATCH_SIZE, models, parser, save_adapter
+from common import BATCH_SIZE, models, parser, save_adapter, schedule
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from sentiment import sentences
@@ -92,17 +92,9 @@ def main(arguments: list[str] | None = None) -> None:
             ce_weight=0.0,
             chunk_size=options.chunk,
             num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            seed=options.seed,
             train_sampling_strategy="group_by_length",
-            use_cpu=options.device == "cpu",
             bf16=options.bf16,
-            logging_steps=20.0,
-            save_strategy="no",
-            report_to=[],
+            **schedule(options),
         )
         trainer = LogitDistillationTrainer(
             student,

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parent))
 
-from common import halve, models, parser, save_adapter
+from common import halve, models, parser, save_adapter, schedule
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_model import HEALED, kept_layers
@@ -36,17 +36,9 @@ def tune(model: PeftModel, tokenizer, options) -> PeftModel:
             folder,
             max_length=256,
             num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            seed=options.seed,
-            use_cpu=options.device == "cpu",
             bf16=options.bf16,
             gradient_checkpointing=False,
-            logging_steps=10.0,
-            save_strategy="no",
-            report_to=[],
+            **schedule(options),
         )
         SFTTrainer(model, settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
     return model.eval()

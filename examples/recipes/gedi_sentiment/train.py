@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from common import halve, models, parser
+from common import halve, models, parser, schedule
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from sentiment import sentences
@@ -62,18 +62,10 @@ def main(arguments: list[str] | None = None) -> None:
             scale_learning_rate=0.05,
             max_length=64,
             num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch,
             per_device_eval_batch_size=options.batch,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            seed=options.seed,
             train_sampling_strategy="group_by_length",
-            use_cpu=options.device == "cpu",
             bf16=options.bf16,
-            logging_steps=10.0,
-            save_strategy="no",
-            report_to=[],
+            **schedule(options),
         )
         trainer = GeDiTrainer(
             guide,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from common import halve, models, parser
+from common import halve, models, parser, schedule
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from topics import TOPICS, pieces
@@ -69,18 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
             scale_learning_rate=0.05,
             max_length=80,
             num_train_epochs=1.0,
-            per_device_train_batch_size=options.batch,
             per_device_eval_batch_size=options.batch,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            seed=options.seed,
             train_sampling_strategy="group_by_length",
-            use_cpu=options.device == "cpu",
             bf16=options.bf16,
-            logging_steps=10.0,
-            save_strategy="no",
-            report_to=[],
+            **schedule(options),
         )
         trainer = GeDiTrainer(guide, settings, train_dataset=rows, eval_dataset=unseen, processing_class=tokenizer)
         trainer.train()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from common import models, parser, save_adapter
+from common import models, parser, save_adapter, schedule
 from datasets import Dataset
 from harmful_requests import LIKE, TOKENS, requests
 from transformers import set_seed
@@ -60,17 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
             respond=TOKENS.respond,
             max_length=160,
             num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            seed=options.seed,
-            use_cpu=options.device == "cpu",
             bf16=False,
             gradient_checkpointing=False,
-            logging_steps=10.0,
-            save_strategy="no",
-            report_to=[],
+            **schedule(options),
         )
         trainer = RefusalTokenTrainer(
             model,

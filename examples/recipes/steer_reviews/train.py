@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from common import halve, models, parser
+from common import halve, models, parser, schedule
 from datasets import Dataset
 from domains import PROMPT, films
 from peft import LoraConfig, get_peft_model
@@ -53,18 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
             folder,
             max_length=96,
             num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch,
             per_device_eval_batch_size=options.batch,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            seed=options.seed,
-            use_cpu=options.device == "cpu",
             bf16=options.bf16,
             gradient_checkpointing=False,
-            logging_steps=10.0,
-            save_strategy="no",
-            report_to=[],
+            **schedule(options),
         )
         trainer = SFTTrainer(
             expert,
