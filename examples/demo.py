@@ -7,9 +7,9 @@ knowledge: look at how the text moves, not at whether it is wise.
 
 import argparse
 import copy
-import json
 import os
 import shutil
+import sys
 import textwrap
 import time
 import warnings
@@ -25,16 +25,22 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Threads that spin while they wait make a busy machine up to ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# The recipes' helpers are shown here.
+sys.path.append(str(Path(__file__).parent / "recipes"))
+sys.path.append(str(Path(__file__).parent / "recipes" / "fusion_kinds"))
+
 import matplotlib.pyplot as plt
 import torch
+from harmful_requests import TOKENS
+from healed import healed
 from peft import PeftModel
 from smollm2 import load  # the file beside this one
+from task import QUESTION
 from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, pipeline, set_seed
 from transformers.utils import logging
 
 import hf_logits
-from hf_logits.fewer_layers import keep_layers
 from hf_logits.ngrams import distinct
 from hf_logits.processors import (
     DynamicFusionLogitsProcessor,
@@ -46,7 +52,7 @@ from hf_logits.processors import (
     SteerLogitsProcessor,
     neutralize,
 )
-from hf_logits.trainers import RefusalTokens, add_refusal_tokens
+from hf_logits.trainers import add_refusal_tokens, refusal_probabilities
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -291,34 +297,25 @@ def context_aware(stage: Stage) -> None:
 def refusal(stage: Stage) -> None:
     """Refusal tokens: the first token says whether and as what the model refuses, and thresholds decide."""
     tokenizer, model = copy.deepcopy(stage.tokenizer), copy.deepcopy(stage.model)
-    groups = ["discrimination", "chatbot", "information", "malicious", "misinformation"]
-    tokens = RefusalTokens({name: f"[refuse {name}]" for name in groups}, "[respond]")
-    add_refusal_tokens(tokenizer, model, tokens)
+    add_refusal_tokens(tokenizer, model, TOKENS)
     tuned = PeftModel.from_pretrained(model, str(RECIPES / "refusal_tokens" / "adapter")).eval().get_base_model()
     as_shipped = RefusalTokenLogitsProcessor.from_pretrained(RECIPES / "refusal_tokens", tokenizer=tokenizer)
     questions = ["How do I steal a car?", "Will you be my friend?", "What is the capital of France?"]
-    names = [*groups, "respond"]
+    names, options = list(TOKENS.categories), {"model": tuned, "tokenizer": tokenizer}
+    chances = refusal_probabilities(tuned, tokenizer, [user(question) for question in questions], tokens=TOKENS)
     figure, axis = plt.subplots(figsize=(7, 3.5))
-    for place, question in enumerate(questions):
-        options = {"model": tuned, "tokenizer": tokenizer}
+    for place, (question, row) in enumerate(zip(questions, chances.tolist(), strict=True)):
         plain = stage.say(user(question))
         steered = stage.say(user(question), as_shipped, **options)
         tqdm.write(f"  asked: {question}")
         beside(plain.texts[0], steered.texts[0], "plain model", "with its refusal tokens")
-        ids = torch.tensor([tokenizer.apply_chat_template(user(question), add_generation_prompt=True)["input_ids"]])
-        with torch.no_grad():
-            chances = tuned(ids).logits[0, -1].softmax(-1)
-        chances = [
-            float(chances[tokenizer.convert_tokens_to_ids(token)])
-            for token in [*tokens.categories.values(), tokens.respond]
-        ]
-        tqdm.write("  " + ", ".join(f"p({name}) {chance:.1%}" for name, chance in zip(names, chances, strict=True)))
-        axis.bar([i + 0.27 * place for i in range(len(names))], chances, width=0.25, label=question)
+        tqdm.write("  " + ", ".join(f"p({name}) {chance:.1%}" for name, chance in zip(names, row, strict=True)))
+        axis.bar([i + 0.27 * place for i in range(len(names))], row, width=0.25, label=question)
     closed = RefusalTokenLogitsProcessor.from_pretrained(
-        RECIPES / "refusal_tokens", tokenizer=tokenizer, threshold=dict.fromkeys(groups, 2.0)
+        RECIPES / "refusal_tokens", tokenizer=tokenizer, threshold=dict.fromkeys(names, 2.0)
     )
-    opened = stage.say(user(questions[0]), closed, **options)
-    tqdm.write(f"  thresholds above 1, {questions[0]}\n  {opened.texts[0]}")
+    opened = stage.say(user(questions[1]), closed, **options)
+    tqdm.write(f"  thresholds above 1, {questions[1]}\n  {opened.texts[0]}")
     costs(as_shipped, plain, steered)
     axis.set(title="Refusal tokens: what the first token says", ylabel="probability")
     axis.set_xticks([i + 0.27 for i in range(len(names))], names, rotation=20)
@@ -333,12 +330,9 @@ def refusal(stage: Stage) -> None:
 
 def entropy_adaptive(stage: Stage) -> None:
     """Entropy-adaptive decoding: a small model writes, the large one takes over where it is unsure."""
-    recipe = RECIPES / "entropy_adaptive"
-    layers = json.loads((recipe / "healed" / "layers.json").read_text())["kept_layers"]
-    cut = keep_layers(stage.model, layers, share=False)
-    small = PeftModel.from_pretrained(cut, str(recipe / "healed")).merge_and_unload()
+    small = healed(stage.model)
     chat = user("Who was Albert Einstein?")
-    processor = EntropyAdaptiveLogitsProcessor.from_pretrained(recipe, main_model=stage.model)
+    processor = EntropyAdaptiveLogitsProcessor.from_pretrained(RECIPES / "entropy_adaptive", main_model=stage.model)
     plain = stage.say(chat, model=small)
     # In this loop only the model at work runs.
     steered = stage.say(chat, processor, model=small, custom_generate=hf_logits.generate)
@@ -369,9 +363,7 @@ def fusion(stage: Stage) -> None:
         "The battery died after two days, and so did my patience.",
     ]
     for text in texts[: 1 if stage.quick else None]:
-        question = (
-            f"Text: {text}\nFrom a tweet, newspaper, product review or film review? Positive or negative?\nAnswer:"
-        )
+        question = QUESTION.format(text=text)
         # The adapter is switched on inside the base model, so this is the small expert by itself.
         alone = stage.say(question, model=small.get_base_model())
         plain, steered = stage.say(question), stage.say(question, processor)

@@ -8,7 +8,7 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,30 @@ def continue_prompts(
 
 
 @torch.no_grad()
+def read_continuations(
+    model: torch.nn.Module,
+    beginnings: Sequence[list[int]],
+    continuations: Sequence[list[int]],
+    *,
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Each continuation's place, the logits that predict it, in float32, and its tokens. Beginnings have a token or more; all are ids."""
+    device = next(model.parameters()).device
+    rows = [begin + continuation for begin, continuation in zip(beginnings, continuations, strict=True)]
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # alike in length: little is padded
+    for start in range(0, len(rows), batch_size):
+        batch = by_length[start : start + batch_size]
+        shape = len(batch), max(len(rows[index]) for index in batch)
+        ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        for place, index in enumerate(batch):  # padded on the right: positions count from the left
+            end = len(rows[index])
+            ids[place, :end], mask[place, :end] = torch.tensor(rows[index]), 1
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        for place, index in enumerate(batch):
+            begin, end = len(beginnings[index]), len(rows[index])
+            yield index, logits[place, begin - 1 : end - 1].float(), ids[place, begin:end].to(device)
+
+
 def log_likelihoods_of_ids(
     model: torch.nn.Module,
     beginnings: Sequence[list[int]],
@@ -128,24 +152,10 @@ def log_likelihoods_of_ids(
     *,
     batch_size: int = BATCH_SIZE,
 ) -> list[float]:
-    """The log-prob of each continuation behind its beginning, which has a token or more, summed over its tokens; all are ids."""
-    device = next(model.parameters()).device
-    rows = [begin + continuation for begin, continuation in zip(beginnings, continuations, strict=True)]
-    found = [0.0] * len(rows)
-    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # alike in length: little is padded
-    for start in range(0, len(rows), batch_size):
-        batch = by_length[start : start + batch_size]
-        shape = len(batch), max(len(rows[index]) for index in batch)
-        ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, -100)
-        for place, index in enumerate(batch):  # padded on the right: positions count from the left
-            begin, end = len(beginnings[index]), len(rows[index])
-            ids[place, :end], mask[place, :end] = torch.tensor(rows[index]), 1
-            labels[place, begin:end] = ids[place, begin:end]
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1].float()
-        losses = cross_entropy(logits.transpose(1, 2), labels[:, 1:].to(device), reduction="none").sum(-1)
-        for index, loss in zip(batch, losses.tolist(), strict=True):
-            found[index] = -loss
+    """The log-prob of each continuation behind its beginning, summed over its tokens. Arguments as in [`read_continuations`]."""
+    found = [0.0] * len(continuations)
+    for index, logits, wanted in read_continuations(model, beginnings, continuations, batch_size=batch_size):
+        found[index] = -cross_entropy(logits, wanted, reduction="sum").item()
     return found
 
 

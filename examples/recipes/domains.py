@@ -5,10 +5,8 @@ from functools import cache
 
 from common import tenth
 from rated_sentences import rated_sentences
-from sentiment import KINDS, PARTS
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
+from sentiment import KINDS, PARTS, word_classifier
+from sklearn.pipeline import Pipeline
 
 
 FILMS = "movieReviewSnippets"
@@ -34,13 +32,8 @@ def films(part: str) -> list[str]:
 
 @cache
 def classifier() -> Pipeline:
-    """Words and pairs of words, learned from the judge's part; the kinds count alike."""
-    own, kinds = zip(*texts("judge"), strict=True)
-    made = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
-        LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced"),
-    )
-    return made.fit(list(own), list(kinds))
+    """Learned from the judge's part; the kinds count alike."""
+    return word_classifier(texts("judge"), class_weight="balanced")
 
 
 def judged(written: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from common import tenth
 from rated_sentences import rated_sentences
@@ -31,14 +32,20 @@ def sentences(part: str, *, clear: float = 1.0, kinds: tuple[str, ...] = KINDS) 
     return tuple(found[words] for words in sorted(found))
 
 
-@cache
-def classifier() -> Pipeline:
-    """Words and pairs of words, learned from the judge's part."""
-    texts, labels = zip(*sentences("judge"), strict=True)
+def word_classifier(rows: Sequence[tuple[str, str]], **options: Any) -> Pipeline:
+    """Learns labels of texts from words and pairs of words. `options` are of scikit-learn's `LogisticRegression`."""
+    texts, labels = zip(*rows, strict=True)
     made = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000)
+        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
+        LogisticRegression(C=10.0, max_iter=1000, **options),
     )
     return made.fit(list(texts), list(labels))
+
+
+@cache
+def classifier() -> Pipeline:
+    """Learned from the judge's part."""
+    return word_classifier(sentences("judge"))
 
 
 def judged_by_classifier(texts: Sequence[str]) -> list[str]:

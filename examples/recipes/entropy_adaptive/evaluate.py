@@ -18,9 +18,10 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from common import BATCH_SIZE, continue_prompts, interval, models, parser, table
+from common import BATCH_SIZE, continue_prompts, interval, models, parser, read_continuations, table
+from conversations import chats
+from healed import healed
 from matplotlib import pyplot as plt
-from small_model import chats, healed
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, set_seed
 
@@ -67,22 +68,16 @@ def ratio_interval(hits: Sequence[int], sizes: Sequence[int]) -> tuple[float, fl
     return share(pairs), *interval(pairs, share)
 
 
-@torch.no_grad()
-def judged(model: PreTrainedModel, tokenizer, prompts: list[str], written: list[list[int]]) -> list[tuple[float, int]]:
+def judged(
+    model: PreTrainedModel, tokenizer, prompts: list[str], written: list[list[int]], batch_size: int
+) -> tuple[list[float], list[int]]:
     """By the large model: each text's loss in nats, and how many of its tokens are the ones that it would have chosen."""
-    found = []
-    for start in range(0, len(prompts), 16):
-        begins = [tokenizer(prompt)["input_ids"] for prompt in prompts[start : start + 16]]
-        rows = [begin + text for begin, text in zip(begins, written[start : start + 16], strict=True)]
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
-        for row, begin, text in zip(logits, begins, written[start : start + 16], strict=True):
-            mine = row[len(begin) - 1 : len(begin) + len(text) - 1]
-            wanted = torch.tensor(text, device=model.device)
-            loss = cross_entropy(mine, wanted, reduction="sum").item() if text else 0.0
-            found.append((loss, int((mine.argmax(-1) == wanted).sum()) if text else 0))
-    return found
+    losses, same = [0.0] * len(written), [0] * len(written)
+    begins = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    for index, logits, wanted in read_continuations(model, begins, written, batch_size=batch_size):
+        losses[index] = cross_entropy(logits, wanted, reduction="sum").item()
+        same[index] = int((logits.argmax(-1) == wanted).sum())
+    return losses, same
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -152,7 +147,7 @@ def compared(options, large, small, tokenizer, prompts: list[str]) -> str:
         for seed in seeds:
             written, share, run = write(*make(seed), seed)
             found[seed] = share, run
-            losses, same = zip(*judged(large, tokenizer, prompts, written), strict=True)
+            losses, same = judged(large, tokenizer, prompts, written, options.batch_size)
             sizes = [len(text) for text in written]
             if seed is None:
                 agreement = ratio_interval(same, sizes)

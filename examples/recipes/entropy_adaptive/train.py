@@ -18,10 +18,11 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 from common import BATCH_SIZE, models, parser, save_adapter, schedule
+from conversations import answers, chats
 from datasets import Dataset
+from healed import LAYERS
 from peft import LoraConfig, get_peft_model
 from sentiment import sentences
-from small_model import LAYERS, answers, chats
 from transformers import DataCollatorForSeq2Seq, set_seed
 
 from hf_logits.fewer_layers import keep_layers

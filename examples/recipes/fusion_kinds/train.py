@@ -17,8 +17,8 @@ sys.path.append(str(Path(__file__).parent))
 
 from common import halve, models, parser, save_adapter, schedule
 from datasets import Dataset
+from healed import HEALED, kept_layers
 from peft import LoraConfig, PeftModel, get_peft_model
-from small_model import HEALED, kept_layers
 from task import answer, examples
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer

@@ -1,21 +1,13 @@
-"""A small model for the methods that need a pair: some layers of the large one, and an adapter that heals the cut."""
+"""What a small model is healed on and measured with: questions and wishes, and what the large model itself answers."""
 
-import json
 import random
-from pathlib import Path
 
 from common import continue_prompts
 from harmful_requests import requests
-from peft import PeftModel
 from sentiment import sentences
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_logits.fewer_layers import keep_layers
 
-
-HEALED = Path(__file__).parent / "entropy_adaptive" / "healed"
-"""The adapter of train.py there, and `layers.json`."""
-LAYERS = "layers.json"
 WISHES = (
     "What does this mean? {whole}",
     "Say this in other words: {whole}",
@@ -25,16 +17,6 @@ WISHES = (
     "Go on from here: {opening}",
     "Write a short story that begins so: {opening}",
 )
-
-
-def kept_layers(folder: Path) -> list[int]:
-    return json.loads((folder / LAYERS).read_text(encoding="utf-8"))["kept_layers"]
-
-
-def healed(model: PreTrainedModel, folder: Path = HEALED) -> PreTrainedModel:
-    """The small model, with weights of its own."""
-    part = keep_layers(model, kept_layers(folder), share=False)
-    return PeftModel.from_pretrained(part, str(folder)).merge_and_unload().eval()
 
 
 def chats(tokenizer: PreTrainedTokenizerBase, part: str, count: int, seed: int = 0, *, longest: int = 60) -> list[str]:
