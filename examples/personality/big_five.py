@@ -158,9 +158,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--splits", type=int, default=3, help="random splits of the statements")
     parser.add_argument("--heads", type=int, default=24, help="heads that are moved")
     parser.add_argument("--strengths", type=float, nargs="+", default=(0.0, 2.0, 4.0, 8.0))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load(options.model)
+    model.to(options.device)
 
     # Once, for whoever says them: each pair as one item that is answered with the one or the other sentence.
     said = [[f"{beginning(tokenizer)}I {sentence}" for sentence in kind] for kind in (FOR, AGAINST)]
