@@ -48,9 +48,9 @@ def answers(
     *,
     tokens: int,
     batch_size: int,
+    temperature: float = 1.0,
 ) -> list[list[int]]:
     """What the model itself says, drawn from its own distribution, with the end of the text where it came to one."""
-    written = continue_prompts(
-        model, tokenizer, prompts, tokens=tokens, batch_size=batch_size, do_sample=True, top_k=0, temperature=1.0
-    )
+    drawn = {"do_sample": True, "top_k": 0, "temperature": temperature}
+    written = continue_prompts(model, tokenizer, prompts, tokens=tokens, batch_size=batch_size, **drawn)
     return [[*row, tokenizer.eos_token_id] if len(row) < tokens else row for row in written]

@@ -1,6 +1,6 @@
 """Fine-tune a small model, so that a large one can follow it: which kind of text is it, and is it positive or negative?
 
-    python examples/recipes/fusion_kinds/train.py      # a quarter of an hour on two cores
+    python examples/recipes/fusion_kinds/train.py      # half an hour on two cores, minutes on a GPU
 
 The small model is the healed one of `../entropy_adaptive`. Its expert goes on from there, by TRL's SFTTrainer. The recipe goes into this folder
 or into `--output`: what was healed and the expert, two adapters of some layers of the large model. In `direct/` is what it is measured against, the large
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--epochs", type=float, default=1.0)
     made.add_argument("--batch", type=int, default=8)
     made.add_argument("--learning-rate", type=float, default=1e-3)
-    made.add_argument("--rank", type=int, default=8, help="of the large model's adapter; the small one's is given")
+    made.add_argument("--rank", type=int, default=4, help="of the large model's adapter; the small one's is given")
     made.add_argument("--bf16", action="store_true", help="autocast: quicker where the processor knows bfloat16")
     options = made.parse_args(arguments)
     set_seed(options.seed)
