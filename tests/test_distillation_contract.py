@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 import hf_logits.trainers
+from contract import accumulates, goes_to_the_hub, resumes
 from distilling import KINDS, SCORES, make
 from launching import LAUNCH, leave, run
-from preferences import Stop, StopAt, arguments, distance, equal, logged, weights
+from preferences import arguments, distance, equal, logged, weights
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Row:
     logs: tuple[str, ...] = ()
     """What is logged, where the trainer does not tell its terms."""
 
-    def make(self, folder: Path | str, **settings: Any) -> Any:
+    def make(self, folder: Path | str, *, callbacks: list[Any] | None = None, **settings: Any) -> Any:
         trainer, config = (getattr(hf_logits.trainers, f"{self.name}{part}") for part in ("Trainer", "Config"))
+        settings |= {"rest": {"callbacks": callbacks}} if callbacks else {}
         return make(trainer, config, folder, kind=self.kind, **(self.settings | settings))
 
     def data(self, rows: int = 8, seed: int = 0) -> Any:
@@ -135,36 +138,16 @@ def test_evaluation_changes_nothing(row, tmp_path):
 @pytest.mark.parametrize("row", [row for row in ROWS if row.cuts], ids=lambda row: row.id)
 @plain_and_lora
 def test_accumulation_cuts_a_step_as_it_likes(row, lora, tmp_path):
-    found = []
-    for rows, steps in ((4, 1), (2, 2), (1, 4)):
-        trainer = row.make(
-            tmp_path, lora=lora, per_device_train_batch_size=rows, gradient_accumulation_steps=steps, **STEEP
-        )
-        start = weights(trainer)
-        trainer.train()
-        found.append((weights(trainer), logged(trainer, "loss")))
-    moved = distance(start, found[0][0])
-    assert moved > 1e-5
-    for others in found[1:]:
-        assert distance(found[0][0], others[0]) < 1e-3 * moved
-        assert others[1] == pytest.approx(found[0][1], rel=1e-5)
+    make = partial(row.make, tmp_path, lora=lora, **STEEP)
+    first, *others = (logged(trainer, "loss") for trainer in accumulates(make, ((4, 1), (2, 2), (1, 4)), least=1e-5))
+    assert all(losses == pytest.approx(first, rel=1e-5) for losses in others)
 
 
 @each
 @plain_and_lora
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_a_run_that_is_killed_and_resumed_ends_where_an_unbroken_one_does(row, lora, tmp_path):
-    settings = {"lora": lora, "max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2}
-    settings |= {"lr_scheduler_type": "linear"}
-    unbroken = row.make(tmp_path / "unbroken", **settings)
-    unbroken.train()
-    killed = row.make(tmp_path / "killed", save_strategy="steps", rest={"callbacks": [StopAt(3)]}, **settings)
-    with pytest.raises(Stop):
-        killed.train()
-    resumed = row.make(tmp_path / "killed", save_strategy="steps", **settings)
-    resumed.train(resume_from_checkpoint=True)
-    assert equal(weights(unbroken), weights(resumed))
-    assert logged(unbroken, "loss") == logged(resumed, "loss")
+    resumes(partial(row.make, lora=lora), tmp_path, ("loss",), stop_at=3, max_steps=4)
 
 
 @each
@@ -190,19 +173,7 @@ def test_gradient_checkpointing_changes_nothing(row, tmp_path):
 @each
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
 def test_the_model_goes_to_the_hub_with_a_card(row, hub, tmp_path):
-    trainer = row.make(tmp_path / "run", max_steps=1, hub_model_id="tester/student")
-    trainer.train()
-    trainer.push_to_hub()
-    files = hub.repos["tester/student"].files
-    card = files["README.md"].decode()
-    assert f"trained with {trainer._name}" in card
-    for part in (trainer._paper["title"], trainer._paper["id"], trainer._paper["citation"], *trainer._tag_names):
-        assert part in card
-    loaded, info = type(trainer.model).from_pretrained("tester/student", output_loading_info=True)
-    assert not info["unexpected_keys"] and not info["missing_keys"]  # and so no head of the method's own
-    trained = weights(trainer)
-    assert all(torch.equal(value, trained[name]) for name, value in loaded.named_parameters())
-    assert not hub.unknown
+    goes_to_the_hub(row.make(tmp_path / "run", max_steps=1, hub_model_id="tester/student"), hub)
 
 
 # --- two processes -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+import hf_logits
 from hf_logits.processors import (
     DynamicFusionLogitsProcessor,
     EntropyAdaptiveLogitsProcessor,
@@ -315,3 +316,23 @@ def test_the_shipped_refusal_tokens_say_what_is_refused_and_as_what(real):
         ("What is the capital of France?", "shipped"): "[respond]",
         **{(question, "closed"): "[respond]" for question, name in found if name == "closed"},
     }
+
+
+def test_the_shipped_small_model_asks_the_large_one_where_it_is_unsure(real):
+    small = example("recipes/healed").healed(real.model, RECIPES / "entropy_adaptive" / "healed")
+    shipped = EntropyAdaptiveLogitsProcessor.from_pretrained(RECIPES / "entropy_adaptive", main_model=real.model)
+    ids = real.ids("Who was Albert Einstein?")
+    plain = real.text(ids, model=small)
+    guided = real.text(ids, shipped, model=small, custom_generate=hf_logits.generate)
+    assert plain == "Albert Einstein, a German physicist, was a renowned physicist"
+    assert guided == "Albert Einstein, born August 1954,"
+    assert shipped.stats.trace["large"].tolist() == [[0, 0, 1, 0, 1, 1, 0, 0, 0, 1, 1, 0]]
+
+
+def test_the_shipped_expert_teaches_the_large_model_its_task(real):
+    fusion = DynamicFusionLogitsProcessor.from_pretrained(RECIPES / "fusion_kinds", main_model=real.model)
+    text = "The plot has holes, but the actors fill every one of them."
+    question = f"Text: {text}\nFrom a tweet, newspaper, product review or film review? Positive or negative?\nAnswer:"
+    ids = real.tokenizer(question, return_tensors="pt")["input_ids"]
+    found = [real.text(ids, *processors, tokens=6) for processors in ([], [fusion])]
+    assert found == [" Positive\n\nThe answer is", " film review, negative"]

@@ -8,16 +8,17 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import hf_logits.trainers
+from contract import accumulates, goes_to_the_hub, resumes
 from launching import LAUNCH, leave, run
-from preferences import Stop, StopAt, distance, equal, logged, make, pairs, unpaired, weights
+from preferences import distance, equal, logged, make, pairs, unpaired, weights
 
 
 @dataclass(frozen=True)
@@ -91,33 +92,13 @@ def test_evaluation_changes_nothing(row, tmp_path):
 @each
 @plain_and_lora
 def test_accumulation_cuts_a_step_as_it_likes(row, lora, tmp_path):
-    found, start = [], weights(row.make(tmp_path, lora=lora, **STEEP))
-    for rows, steps in ((4, 1), (2, 2), (1, 4)):
-        trainer = row.make(
-            tmp_path, lora=lora, per_device_train_batch_size=rows, gradient_accumulation_steps=steps, **STEEP
-        )
-        trainer.train()
-        found.append(weights(trainer))
-    moved = distance(start, found[0])
-    assert moved > 1e-4
-    assert distance(found[0], found[1]) < 1e-3 * moved
-    assert distance(found[0], found[2]) < 1e-3 * moved
+    accumulates(partial(row.make, tmp_path, lora=lora, **STEEP), ((4, 1), (2, 2), (1, 4)))
 
 
 @each
 @plain_and_lora
 def test_a_run_that_is_killed_and_resumed_ends_where_an_unbroken_one_does(row, lora, tmp_path):
-    settings = {"lora": lora, "max_steps": 6, "save_steps": 2, "gradient_accumulation_steps": 2}
-    settings |= {"per_device_train_batch_size": 1, "lr_scheduler_type": "linear"}
-    unbroken = row.make(tmp_path / "unbroken", **settings)
-    unbroken.train()
-    killed = row.make(tmp_path / "killed", save_strategy="steps", callbacks=[StopAt(5)], **settings)
-    with pytest.raises(Stop):
-        killed.train()
-    resumed = row.make(tmp_path / "killed", save_strategy="steps", **settings)
-    resumed.train(resume_from_checkpoint=True)
-    assert equal(weights(unbroken), weights(resumed))
-    assert logged(unbroken, "loss") == logged(resumed, "loss")
+    resumes(partial(row.make, lora=lora, per_device_train_batch_size=1), tmp_path, ("loss",))
 
 
 @each
@@ -160,17 +141,7 @@ def test_a_stream_is_data_like_any_other(row, tmp_path):
 @each
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
 def test_the_model_goes_to_the_hub_with_a_card(row, hub, tmp_path):
-    trainer = row.make(tmp_path / "run", max_steps=1, hub_model_id="tester/aligned")
-    trainer.train()
-    trainer.push_to_hub()
-    files = hub.repos["tester/aligned"].files
-    card = files["README.md"].decode()
-    assert f"trained with {trainer._name}" in card
-    for part in (trainer._paper["title"], trainer._paper["id"], trainer._paper["citation"], *trainer._tag_names):
-        assert part in card
-    loaded = AutoModelForCausalLM.from_pretrained("tester/aligned")
-    assert equal(weights(trainer), {name: value.detach() for name, value in loaded.named_parameters()})
-    assert not hub.unknown
+    goes_to_the_hub(row.make(tmp_path / "run", max_steps=1, hub_model_id="tester/aligned"), hub)
 
 
 @each

@@ -8,7 +8,7 @@ import torch
 import trl
 from trl import GRPOConfig, GRPOTrainer
 
-import policies
+import rollouts
 
 
 @contextmanager
@@ -25,7 +25,8 @@ def hook(where: str, what: str) -> Iterator[None]:
 
 @pytest.fixture
 def trainer(tmp_path):
-    made = policies.make(GRPOTrainer, GRPOConfig, tmp_path, beta=0.1, loss_type="luspo", use_bias_correction_kl=True)
+    luspo = {"beta": 0.1, "loss_type": "luspo", "use_bias_correction_kl": True}
+    made = rollouts.make(GRPOTrainer, GRPOConfig, tmp_path, **rollouts.GROUPS, **luspo)
     made.model.train()
     made.current_gradient_accumulation_steps = 2
     return made

@@ -107,8 +107,8 @@ class TRICEConfig(GRPOConfig):
     Args:
         control_variate (`bool`, *optional*, defaults to `True`):
             Whether to subtract the control variate. Without it, the gradient keeps its variance when the model is nearly always right.
-            With it, a step whose examples all come the first time changes nothing (of those with a right rationale, all have just
-            proposed it, so that beta is 1): call `init_memory` before.
+            With it, a step whose examples all come the first time changes nothing (those with a right rationale have all just
+            proposed it, so that beta is 1; a single one has nobody to compare with, its beta is 0): call `init_memory` before.
         subsample_size (`int`, *optional*):
             How many of a generation batch's rows are trained on at most, the paper's L: drawn in proportion to the size of their
             weights, on each process by itself. `None`: all that have a weight. Divisible by `steps_per_generation` times the

@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-import policies
 import preferences
+import rollouts
 import tiny
 from hf_logits.second_turn import second_turn
 from hf_logits.trainers import SCoReConfig, SCoReTrainer, self_correction_rates
@@ -25,7 +25,9 @@ CORRECTION = "w9 w10 w11"
 
 
 def make(folder, **settings):
-    return policies.make(SCoReTrainer, SCoReConfig, folder, **({"score_correction_prompt": CORRECTION} | settings))
+    return rollouts.make(
+        SCoReTrainer, SCoReConfig, folder, **(rollouts.GROUPS | {"score_correction_prompt": CORRECTION} | settings)
+    )
 
 
 def rollout(trainer, batch=None):
@@ -204,7 +206,7 @@ def test_a_template_that_hides_how_the_turn_began_is_warned_of(monkeypatch):
 @pytest.mark.parametrize("conversational", [False, True], ids=["standard", "conversational"])
 def test_a_completion_is_both_attempts_and_a_masked_middle(conversational, tmp_path):
     asked = []
-    trainer = make(tmp_path, data=policies.prompts(conversational=conversational), per_device_train_batch_size=8)
+    trainer = make(tmp_path, data=rollouts.questions(conversational=conversational), per_device_train_batch_size=8)
     generate = trainer._generate_single_turn
 
     def watched(prompt_ids, images, fields, generations):
@@ -245,9 +247,9 @@ def test_the_verifier_sees_either_attempt_as_an_ordinary_completion(conversation
         calls.append((prompts, completions, completion_ids, answer))
         log_extra("seen", [len(calls)] * len(completions))
         log_metric("calls", len(calls))
-        return policies.even_words(completions)
+        return rollouts.verifier(completions)
 
-    data = policies.prompts(conversational=conversational).add_column("answer", list(range(8)))
+    data = rollouts.questions(conversational=conversational).add_column("answer", list(range(8)))
     trainer = make(tmp_path, data=data, reward=verifier)
     batch = next(iter(trainer.get_train_dataloader()))
     _, attempts = rollout(trainer, batch)
@@ -261,7 +263,7 @@ def test_the_verifier_sees_either_attempt_as_an_ordinary_completion(conversation
     assert list(trainer._logs["extra"]["first_attempt/seen"]) == [1] * 4
     assert list(trainer._logs["extra"]["seen"]) == [2] * 4
     assert trainer._metrics["train"]["calls"] == [2.0]
-    first = policies.even_words(calls[0][1])
+    first = rollouts.verifier(calls[0][1])
     assert list(trainer._logs["extra"]["first_attempt/reward"]) == first
     assert len(trainer._logs["advantages"]) == len(trainer._logs["prompt"]) == 4
 
@@ -277,7 +279,7 @@ def test_the_advantages_lie_on_the_tokens_of_their_turn(settings, tmp_path):
     tokenizer = preferences.tokenizer()
     first, second = (
         torch.tensor(
-            policies.even_words(tokenizer.batch_decode([row[place] for row in attempts], skip_special_tokens=True))
+            rollouts.verifier(tokenizer.batch_decode([row[place] for row in attempts], skip_special_tokens=True))
         )
         for place in (0, 2)
     )
@@ -355,16 +357,14 @@ class Toy:
         self.model.config._name_or_path = str(folder / "toy")
         small = preferences.word_tokenizer(["a", "b"])
         small = type(small)(tokenizer_object=_five_words(), pad_token="p", eos_token="e", padding_side="left")
-        self.trainer = policies.make(
+        self.trainer = rollouts.make(
             SCoReTrainer,
             SCoReConfig,
             folder,
             model=self.model,
             processing_class=small,
             data=Dataset.from_dict({"prompt": ["a b"] * 4}),
-            max_completion_length=1,
-            score_correction_prompt="b a",
-            **settings,
+            **(rollouts.GROUPS | {"max_completion_length": 1, "score_correction_prompt": "b a"} | settings),
         )
         self.trainer.model.train()
         self.trainer.current_gradient_accumulation_steps = 1
@@ -506,7 +506,7 @@ def test_attempts_without_a_reward_are_left_out_and_counted(tmp_path):
 
     def verifier(completions, **_):
         calls.append(1)
-        rewards = policies.even_words(completions)
+        rewards = rollouts.verifier(completions)
         return [None if len(calls) == 2 and row < 3 else value for row, value in enumerate(rewards)]
 
     trainer = make(tmp_path, per_device_train_batch_size=8, reward=verifier, num_generations=4)
@@ -552,13 +552,13 @@ def test_several_rewards_are_added_and_keep_their_names(tmp_path):
     async def bonus(completions, **_):
         return [1.0] * len(completions)
 
-    trainer = make(tmp_path, reward=[policies.even_words, never, bonus], reward_weights=[2.0, 1.0, 0.5])
+    trainer = make(tmp_path, reward=[rollouts.verifier, never, bonus], reward_weights=[2.0, 1.0, 0.5])
     output, attempts = rollout(trainer)
     tokenizer = preferences.tokenizer()
     for place, rewards in zip((0, 2), trainer._rewards, strict=True):
         plain = tokenizer.batch_decode([row[place] for row in attempts], skip_special_tokens=True)
-        assert rewards.tolist() == [2 * value + 0.5 for value in policies.even_words(plain)]
-    assert {"rewards/even_words/mean", "rewards/bonus/mean"} <= trainer._metrics["train"].keys()
+        assert rewards.tolist() == [2 * value + 0.5 for value in rollouts.verifier(plain)]
+    assert {"rewards/verifier/mean", "rewards/bonus/mean"} <= trainer._metrics["train"].keys()
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -608,10 +608,10 @@ def test_settings_that_cannot_be_are_refused(settings, message, tmp_path):
 
 def test_other_arguments_are_refused(tmp_path):
     with pytest.raises(TypeError, match="SCoReConfig"):
-        policies.make(SCoReTrainer, GRPOConfig, tmp_path)
+        rollouts.make(SCoReTrainer, GRPOConfig, tmp_path, **rollouts.GROUPS)
     with pytest.raises(TypeError, match="must be a function"):
         make(tmp_path, reward=3)
-    chats = policies.prompts(conversational=True)
+    chats = rollouts.questions(conversational=True)
     with pytest.raises(ValueError, match="no chat template"):
         make(tmp_path, data=chats, processing_class=template(preferences.tokenizer(), None))
     with pytest.raises(ValueError, match="drops the instruction"):
@@ -635,7 +635,7 @@ def test_no_advice_is_given_that_would_be_wrong_here(tmp_path, caplog):
     try:
         make(tmp_path)
         assert "luspo" not in caplog.text
-        policies.make(GRPOTrainer, GRPOConfig, tmp_path, loss_type="luspo")
+        rollouts.make(GRPOTrainer, GRPOConfig, tmp_path, loss_type="luspo", **rollouts.GROUPS)
         assert "luspo" in caplog.text
     finally:
         host.removeHandler(caplog.handler)
