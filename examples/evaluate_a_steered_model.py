@@ -24,6 +24,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # figures go to files
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib.pyplot as plt
+import torch
 from exam import LETTERS, Question, exam
 from smollm2 import load
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -118,7 +119,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     right.plot(range(4), gold, "k_", markersize=40, label="right answers")
     right.set_xticks(range(4), list(LETTERS))
     right.set_ylabel("share of the answers")
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, markerscale=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -131,9 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rotations", action="store_true", help="also ask in all orders of the choices")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "evaluation", help="a folder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
 
     model, tokenizer = load(given.model)
+    model.to(given.device)
     shortest = sorted(exam(), key=lambda one: (len(asked(one)), one.question))
     example = next(one for one in shortest if one.answer == 1)
     questions = [one for one in shortest if one is not example][: given.questions]

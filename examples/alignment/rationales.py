@@ -2,10 +2,10 @@
 
     python examples/alignment/rationales.py
 
-A tiny model, made here, first learns to add three digits in words from rationales of which many are wrong, so that about four of ten
-answers are right. TRICE then learns from the answers alone: without the control variate, with it, and with it on half of the rows.
-At some points of the way the same samples give both gradient estimates, often enough to see their variance. A few minutes on two
-cores; leaves two tables and a figure.
+A tiny model, made here, first learns to add three digits in words from rationales of which many are wrong, so that about a third of the
+answers is right. TRICE then learns from the answers alone: without the control variate, with it, and with it on half of the rows.
+At some points of the way the same samples give both gradient estimates, often enough to see their variance. A quarter of an hour on
+two cores; leaves two tables and a figure.
 """  # the README beside this file shows them
 
 import argparse
@@ -301,8 +301,8 @@ def main() -> None:
         "--imitation-steps", type=int, default=600, help="steps in which the model learns to write rationales"
     )
     parser.add_argument("--noise", type=float, default=0.4, help="share of additions in these that are wrong")
-    parser.add_argument("--steps", type=int, default=160, help="steps of each run")
-    parser.add_argument("--every", type=int, default=20, help="steps between two evaluations")
+    parser.add_argument("--steps", type=int, default=320, help="steps of each run")
+    parser.add_argument("--every", type=int, default=40, help="steps between two evaluations")
     parser.add_argument("--examples", type=int, default=256, help="sums to train on")
     parser.add_argument("--batch", type=int, default=32, help="examples of a step")
     parser.add_argument("--learning-rate", type=float, default=5e-4)

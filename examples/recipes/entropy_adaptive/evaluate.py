@@ -91,6 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0])
     made.add_argument("--window", type=int, default=1)
     made.add_argument("--min-stay", type=int, default=1)
+    made.add_argument("--timing", choices=["now", "next"], default="now", help="the token that a switch acts on first")
     made.add_argument("--time", action="store_true")
     options = made.parse_args(arguments)
 
@@ -109,7 +110,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def entropy_adaptive(options, large, threshold: float) -> EntropyAdaptiveLogitsProcessor:
     return EntropyAdaptiveLogitsProcessor.from_pretrained(
-        options.output, main_model=large, threshold=threshold, window=options.window, min_stay=options.min_stay
+        options.output,
+        main_model=large,
+        threshold=threshold,
+        window=options.window,
+        min_stay=options.min_stay,
+        timing=options.timing,
     )
 
 
@@ -196,7 +202,7 @@ def compared(options, large, small, tokenizer, prompts: list[str]) -> str:
     head = (
         f"{options.prompts} questions and wishes of the {options.part} part, about at most {options.longest} words, {options.tokens} tokens each. Perplexity under the large model of what was "
         f"sampled at temperature 1, with {options.seeds} seeds (mean ± standard deviation); agreement: of greedily written tokens, those that the large "
-        f"model would have chosen there (95 % over prompts). Window {options.window}, minimum stay {options.min_stay}. The small model has "
+        f"model would have chosen there (95 % over prompts). Window {options.window}, minimum stay {options.min_stay}, timing {options.timing!r}. The small model has "
         f"{small.config.num_hidden_layers} of {large.config.num_hidden_layers} layers, {small.num_parameters() / large.num_parameters():.0%} of the parameters."
     )
     columns = ["", "large model's tokens, sampled, %", "perplexity", "large model's tokens, greedy, %", "agreement, %"]
@@ -207,7 +213,7 @@ def timed(options, large, small, tokenizer, prompts: list[str]) -> str:
     """Milliseconds a token, one prompt at a time, all ways in turn; ratios within a turn."""
     ways: dict[str, tuple] = {"large model alone": (large, None), "small model alone": (small, None)}
     for threshold in options.thresholds:
-        ways[f"entropy above {threshold:g} bits"] = (small, entropy_adaptive(options, large, threshold))
+        ways[f"entropy above {threshold:g} bits"] = small, entropy_adaptive(options, large, threshold)
     ratios: dict[str, list[float]] = {name: [] for name in ways}
     shares: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(options.seeds + 1):  # the first one warms up
@@ -237,7 +243,8 @@ def timed(options, large, small, tokenizer, prompts: list[str]) -> str:
     ]
     head = (
         f"{len(prompts)} prompts of the {options.part} part, one at a time, {options.tokens} tokens each, greedy, on {options.device} with "
-        f"{torch.get_num_threads()} threads; median (least to most) of {options.seeds} turns."
+        f"{torch.get_num_threads()} threads; median (least to most) of {options.seeds} turns. Window {options.window}, minimum stay "
+        f"{options.min_stay}, timing {options.timing!r}."
     )
     return f"{head}\n\n{table(['', 'tokens of the large model, %', 'time, of the large model alone'], lines)}\n"
 
