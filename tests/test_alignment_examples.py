@@ -76,6 +76,19 @@ def test_the_example_trains_saves_and_names_its_paper(name, sentences, small, tm
 
 
 @pytest.mark.slow
+def test_a_run_of_two_stages_goes_on_from_either(small, tmp_path):
+    out = tmp_path / "out"
+    saves = ("--save_strategy", "steps", "--save_steps", 1, "--use_cpu", "true")
+    run("score", small, out, *saves)
+    first = out / "stage_1" / "model.safetensors"
+    written = first.stat().st_mtime_ns
+    run("score", small, out, *saves, "--resume_from_checkpoint", out / "checkpoint-1")
+    assert first.stat().st_mtime_ns == written
+    run("score", small, out, *saves, "--resume_from_checkpoint", out / "stage_1" / "checkpoint-1")
+    assert first.stat().st_mtime_ns > written
+
+
+@pytest.mark.slow
 def test_the_demonstration_of_self_correction_leaves_a_table_and_a_figure(tmp_path):
     settings = ("--steps", 2, "--seeds", 2, "--start-steps", 2)
     launching.run(FOLDER / "self_correction.py", "--output", tmp_path / "out", *settings, folder=tmp_path)

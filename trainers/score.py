@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from hf_logits.checks import check_choice, check_number
 from hf_logits.completions import Prompt
-from hf_logits.preferences import require_columns
+from hf_logits.own_samples import check_prompts, check_window
 from hf_logits.resumable import EpochOrderMixin
 from hf_logits.rewards import checked_reward
 from hf_logits.second_turn import SecondTurn, second_turn
@@ -160,7 +160,7 @@ class SCoReConfig(GRPOConfig):
             that is our choice.
         score_threshold (`float`, *optional*, defaults to `0.5`):
             An attempt counts as correct in the metrics if its reward is above this. Training does not look at it.
-        max_completion_length (`int`, *optional*, defaults to `256`):
+        max_completion_length (`int`, *optional*, defaults to `512`):
             Of each attempt.
 
     The loss is the plain sum over tokens, averaged over rows (`loss_type="luspo"` with ratios per token), and advantages are
@@ -236,7 +236,7 @@ class SCoReTrainer(EpochOrderMixin, GRPOTrainer):
 
     Logged under `score/`, for training and evaluation: `accuracy_1`, `accuracy_2`, `delta`, `incorrect_to_correct`,
     `correct_to_incorrect`; `edit_ratio`, how much the second attempt changes (near 0, the policy has given up correcting);
-    `truncated_1`, `truncated_2`, `unscored`, and `kl_1` in nats a first attempt. `reward` and `rewards/...` are those of the second attempt.
+    `truncated_1`, `truncated_2`, `unscored`, and `kl_1` in nats a first attempt. In evaluation they are means over batches, as all that GRPO logs. `reward` and `rewards/...` are those of the second attempt.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
@@ -281,9 +281,8 @@ class SCoReTrainer(EpochOrderMixin, GRPOTrainer):
             args = SCoReConfig(f"{path.split('/')[-1]}-{self._name}")
         elif not isinstance(args, SCoReConfig):
             raise TypeError(f"SCoReTrainer needs `args` of type SCoReConfig, got {type(args).__name__}.")
-        if train_dataset is not None:
-            require_columns(train_dataset, "train", ("prompt",))
-        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        check_prompts(args, train_dataset, eval_dataset)
+        rewards = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         with _without_advice_on_luspo():
             super().__init__(
                 model,
@@ -339,12 +338,14 @@ class SCoReTrainer(EpochOrderMixin, GRPOTrainer):
             key = json.dumps(prompt)
             turns[key] = turns.get(key) or self._second_turn(prompt)
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
+        check_window(self.model, prompt_ids, self.args.max_completion_length)
         first, first_log_probs = self._generate_single_turn(prompt_ids, None, {}, generations)
         between = [
             turns[json.dumps(prompt)].after(answer, self.eos_token_ids)
             for prompt, answer in zip(prompts, first, strict=True)
         ]
         again: list[list[int]] = [sum(parts, []) for parts in zip(prompt_ids, first, between, strict=True)]
+        check_window(self.model, again, self.args.max_completion_length)
         # No two of these prompts are alike: one answer each.
         second, second_log_probs = self._generate_single_turn(again, None, {}, 1)
         self._attempts = list(zip(first, between, second, strict=True))

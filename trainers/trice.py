@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from hf_logits.checks import check_choice, check_count, check_number
 from hf_logits.completions import Prompt
+from hf_logits.own_samples import WARPERS, check_draws_freely, check_prompts, check_window
 from hf_logits.preferences import require_columns
 from hf_logits.resumable import EpochOrderMixin, ResumableMixin
 
@@ -154,6 +155,7 @@ class TRICEConfig(GRPOConfig):
                 "proposal must come from the model that it changes. Leave steps_per_generation and generation_batch_size out."
             )
         sampling = {"do_sample", "num_beams", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+        sampling |= {"num_return_sequences", *WARPERS}
         if forbidden := sorted(sampling & set(self.generation_kwargs or {})):
             raise ValueError(
                 f"generation_kwargs must leave {', '.join(forbidden)} alone: proposals are samples of the model. For another "
@@ -255,15 +257,19 @@ class TRICETrainer(EpochOrderMixin, ResumableMixin, GRPOTrainer):
             args = TRICEConfig(f"{path.split('/')[-1]}-{self._name}")
         elif not isinstance(args, TRICEConfig):
             raise TypeError(f"TRICETrainer needs `args` of type TRICEConfig, got {type(args).__name__}.")
-        if isinstance(reward_funcs, list | tuple) and len(reward_funcs) != 1:
+        verifiers = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        if len(verifiers) != 1:
             raise ValueError(
-                f"TRICE asks one verifier whether an answer is right, got {len(reward_funcs)} reward functions: make one of them."
+                f"TRICE asks one verifier whether an answer is right, got {len(verifiers)} reward functions: make one of them."
             )
+        if not (callable(verifiers[0]) or isinstance(verifiers[0], str)):
+            raise TypeError(f"The verifier must be a function or a reward model, got {verifiers[0]!r}.")
         for name in ("tools", "rollout_func", "environment_factory"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"TRICETrainer draws its proposals itself, from plain prompts: leave {name} out.")
         if train_dataset is not None:
             _check_examples(train_dataset, args.id_column)
+        check_prompts(args, train_dataset, eval_dataset)
         self.memory: dict[str, list[int]] = {}
         """The right rationale of each example, as token ids: the same on all processes."""
         self._counts = [0, 0]  # proposals so far, and right ones
@@ -271,7 +277,7 @@ class TRICETrainer(EpochOrderMixin, ResumableMixin, GRPOTrainer):
         self._proposals: list[tuple[str, list[int]]] = []
         self._judged: Any = None
         self._guiding = False
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
+        super().__init__(model, verifiers, args, train_dataset, eval_dataset, processing_class, **kwargs)
 
     def init_memory(
         self, guide: Callable[[dict[str, Any]], Prompt] | None = None, *, batch_size: int | None = None
@@ -306,7 +312,10 @@ class TRICETrainer(EpochOrderMixin, ResumableMixin, GRPOTrainer):
                 kept, seen = kept + sum(right[: len(block)]), seen + len(block)
         finally:
             self._guiding = False
-            self._metrics["train" if self.model.training else "eval"].clear()  # what generation logged
+            # what generation and the verifier logged is of no step
+            logged = self._metrics["train" if self.model.training else "eval"]
+            for logs in (logged, self._pending_extra_logs, self._pending_metrics):
+                logs.clear()
         return kept / max(seen, 1)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -346,6 +355,8 @@ class TRICETrainer(EpochOrderMixin, ResumableMixin, GRPOTrainer):
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, *args: Any
     ) -> tuple[list[list[int]], Any]:
         draw = super()._generate_single_turn
+        check_draws_freely(self.model)
+        check_window(self.model, prompt_ids, self.args.max_completion_length)
         if self._examples is None:
             return draw(prompt_ids, images, multimodal_fields, 1 if self._guiding else num_generations, *args)
         proposals, log_probs = draw(prompt_ids[::2], images, multimodal_fields, 1, *args)

@@ -162,7 +162,7 @@ def variances(
         for control_variate, found in estimates.items():
             weights = torch.cat(trice_weights(right[own], kept[own], control_variate=control_variate))
             said = torch.cat([proposals[own], memories[own]])
-            found.append(gradient(model, asked[own].repeat(2, 1), said, weights / kept[own].sum()))
+            found.append(gradient(model, asked[own].repeat(2, 1), said, weights / (right[own] | kept[own]).sum()))
     measured = {name: torch.stack(found).var(0).sum().item() for name, found in estimates.items()}
     return {"right": right.float().mean().item(), "without": measured[False], "with": measured[True]}
 

@@ -3,7 +3,8 @@
     accelerate launch examples/alignment/score.py --config examples/alignment/score.yaml
 
 Without --dataset_name it answers sums. A dataset of yours needs the columns `prompt` (messages) and `answer`; an attempt is right if the last
-number in it is the answer. Stage 1 lies in `stage_1` below the output folder, merged; its weights are the start and the reference of stage 2.
+number in it is the answer. Stage 1 lies in `stage_1` below the output folder, merged; its weights are the start and the reference of stage 2. A run
+that was broken off goes on from a checkpoint of either stage: --resume_from_checkpoint examples/output/score/stage_1/checkpoint-...
 """
 
 import copy
@@ -52,15 +53,26 @@ def main() -> None:
             peft_config=get_peft_config(model),
         )
 
-    merged = str(Path(args.output_dir, "stage_1"))
-    first = trainer(model_path(model), 1, merged)
-    first.train()
+    merged = Path(args.output_dir, "stage_1")
+    checkpoint, in_first = args.resume_from_checkpoint, False
+    if checkpoint is not None:
+        in_first = Path(checkpoint).resolve().parent == merged.resolve()
+    if checkpoint is None or in_first:
+        train_first_stage(trainer(model_path(model), 1, str(merged)), merged, checkpoint)
+    second = trainer(str(merged), 2, args.output_dir)
+    if in_first:
+        second.args.resume_from_checkpoint = None
+    finish(second, script)
+
+
+def train_first_stage(first: SCoReTrainer, merged: Path, checkpoint: str | None) -> None:
+    """Leaves the trained model, without an adapter, in the folder `merged`."""
+    first.train(resume_from_checkpoint=checkpoint)
     trained = first.accelerator.unwrap_model(first.model)
     if first.accelerator.is_main_process:
-        (trained.merge_and_unload() if model.use_peft else trained).save_pretrained(merged)
+        (trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained).save_pretrained(merged)
         first.processing_class.save_pretrained(merged)
     first.accelerator.wait_for_everyone()
-    finish(trainer(merged, 2, args.output_dir), script)
 
 
 if __name__ == "__main__":

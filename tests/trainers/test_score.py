@@ -606,7 +606,17 @@ def test_settings_that_cannot_be_are_refused(settings, message, tmp_path):
         preferences.arguments(SCoReConfig, tmp_path, num_generations=2, **settings)
 
 
+def test_the_second_attempt_must_have_a_place(tmp_path):
+    model = rollouts.policy()
+    model.config.max_position_embeddings = 16  # for a prompt of four or more and one attempt, but not for the rest
+    with pytest.raises(ValueError, match="an answer to it can have 5 .* holds 16"):
+        rollout(make(tmp_path, model=model))
+
+
 def test_other_arguments_are_refused(tmp_path):
+    make(tmp_path, reward=(rollouts.verifier,))
+    with pytest.raises(ValueError, match="has 1 prompts, but a generation batch takes 2"):
+        make(tmp_path, data=rollouts.questions(1))
     with pytest.raises(TypeError, match="SCoReConfig"):
         rollouts.make(SCoReTrainer, GRPOConfig, tmp_path, **rollouts.GROUPS)
     with pytest.raises(TypeError, match="must be a function"):

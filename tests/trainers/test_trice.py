@@ -653,6 +653,7 @@ def test_settings_that_change_the_gradient_are_refused(name, value, tmp_path):
     [
         ({"steps_per_generation": 2}, r"steps_per_generation \(2\) must divide gradient_accumulation_steps \(1\)"),
         ({"generation_kwargs": {"top_p": 0.9, "num_beams": 2}}, "must leave num_beams, top_p alone"),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, "must leave no_repeat_ngram_size alone"),
         ({"divide_by": "some"}, "divide_by must be 'right' or 'all', got 'some'"),
         ({"verifier_threshold": math.nan}, "verifier_threshold must be in"),
         ({"subsample_size": 0}, "subsample_size must be a whole number of at least 1"),
@@ -665,7 +666,34 @@ def test_settings_out_of_range_are_refused(settings, message, tmp_path):
         arguments(TRICEConfig, tmp_path, **({"per_device_train_batch_size": 8} | settings))
 
 
+def test_what_the_verifier_logs_about_the_guides_samples_is_of_no_step(tmp_path):
+    def logging_verifier(completions, log_extra, log_metric, **columns):
+        log_extra("length", [len(text) for text in completions])
+        log_metric("guided", float(trainer._guiding))
+        return rollouts.verifier(completions)
+
+    trainer = make(tmp_path, reward=logging_verifier, max_steps=1, log_completions=False)
+    trainer.init_memory()
+    trainer.train()
+    assert logged(trainer, "guided") == [0.0]
+    assert len(trainer._logs["extra"]["length"]) == 8
+
+
+def test_a_model_must_draw_freely_and_have_a_place_for_the_answer(tmp_path):
+    trainer = make(tmp_path / "one")
+    trainer.model.generation_config.no_repeat_ngram_size = 1
+    with pytest.raises(ValueError, match="no_repeat_ngram_size=1"):
+        trainer.train()
+    trainer = make(tmp_path / "two")
+    trainer.model.config.max_position_embeddings = 8
+    with pytest.raises(ValueError, match="an answer to it can have 6 .* holds 8"):
+        trainer.train()
+
+
 def test_one_verifier_and_nothing_else(tmp_path):
+    make(tmp_path, reward=(rollouts.verifier,))
+    with pytest.raises(TypeError, match="must be a function or a reward model, got 3"):
+        make(tmp_path, reward=3)
     with pytest.raises(ValueError, match="one verifier .* got 2 reward functions"):
         make(tmp_path, reward=[rollouts.verifier, rollouts.verifier])
     for name in ("tools", "rollout_func", "environment_factory"):
@@ -679,6 +707,7 @@ def test_one_verifier_and_nothing_else(tmp_path):
         ({"question": ["w6", "w7"]}, {}, "no column 'prompt'"),
         ({"prompt": ["w6", "w7"], "id": [1, 1]}, {}, "'id' has 1 different values in 2 rows"),
         ({"prompt": ["w6", "w7"]}, {"id_column": "number"}, "no column 'number'"),
+        ({"prompt": ["w6", "w7"]}, {}, "has 2 prompts, but a generation batch takes 4"),
         ({"prompt": ["w6", "w7"], "image": ["a", "b"]}, {}, "for text, but the train dataset has the column 'image'"),
     ],
 )
