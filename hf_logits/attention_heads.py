@@ -21,7 +21,7 @@ from hf_logits.tasks import bare
 _PROJECTION = re.compile(
     r"(?:^|\.)(?:self_attn|self_attention|multi_head_attention|attention|attn)\.(?:o_proj|out_proj|c_proj|dense)$"
 )
-_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
 
 
 def output_projections(model: Model) -> list[tuple[str, nn.Module]]:

@@ -68,6 +68,12 @@ def right_padded(
         raise ValueError(
             f"A prompt has {longest} tokens, but {type(bare(model)).__name__} reads {window}: shorten it."
         )
+    return _batches(rows, model, batch_size)
+
+
+def _batches(
+    rows: list[list[int]], model: Model, batch_size: int
+) -> Iterator[tuple[list[int], dict[str, Any], Tensor]]:
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]

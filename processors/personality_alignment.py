@@ -116,16 +116,20 @@ def answer_probabilities(
     Args:
         model, tokenizer, prompts, batch_size: see [`~hf_logits.attention_heads.collect_head_activations`].
         options (*optional*, defaults to `("A", "B", "C", "D", "E")`): tokens, by id or text.
+
+    Raises:
+        TypeError: for an encoder-decoder.
     """
     tokens = [single_token(option, tokenizer, what="An option") for option in options]
     rows = [chat_ids(prompt, tokenizer) for prompt in prompts]
     found, head = torch.empty(len(rows), len(tokens)), Head(model)
+    batches = right_padded(rows, model, batch_size)
     with evaluating(model):
         trial = {"input_ids": torch.tensor([row[:8] for row in rows[:1]], device=model.device), "use_cache": False}
         reason = head.fails(model, trial) if rows else None
         if reason is not None:
             logger.warning_once(f"All logits of a batch are formed at once: {reason}.")
-        for batch, inputs, places in right_padded(rows, model, batch_size):
+        for batch, inputs, places in batches:
             last = torch.arange(len(batch), device=places.device), places
             if reason is None:
                 with head.spared() as seen:

@@ -8,6 +8,8 @@ from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     Glm4Config,
     Glm4ForCausalLM,
     GlmConfig,
@@ -196,6 +198,21 @@ def test_baked_is_applied(build):
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     given.bake(model, strength=-1.5)
     torch.testing.assert_close(logits(model), logits(build()), rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_look_at_chosen_tokens_alone_are_heads():
+    sizes = {name: tiny._SMALL[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": tiny.VOCAB, "first_k_dense_replace": 2}
+    sizes |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    config = DeepseekV32Config(index_n_heads=2, index_head_dim=8, index_topk=4, **sizes, **tiny._IDS)
+    assert set(config.layer_types) == {"indexed_attention"}
+    model = tiny.spread(DeepseekV32ForCausalLM(config), 0)
+    plain, given = logits(model), vectors(model)
+    with given.applied(model):
+        expected = logits(model)
+    given.bake(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, plain, atol=0.1)
 
 
 def test_what_an_adapter_adds_is_baked_too():
