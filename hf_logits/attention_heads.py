@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Integer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -17,7 +18,10 @@ from hf_logits.reading import Model, Prompt, chat_ids, evaluating, right_padded
 from hf_logits.tasks import bare
 
 
-_PROJECTION = re.compile(r"(?:self_attn|self_attention|attention|attn)\.(?:o_proj|out_proj|c_proj|dense)$")
+_PROJECTION = re.compile(
+    r"(?:^|\.)(?:self_attn|self_attention|multi_head_attention|attention|attn)\.(?:o_proj|out_proj|c_proj|dense)$"
+)
+_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
 
 
 def output_projections(model: Model) -> list[tuple[str, nn.Module]]:
@@ -32,11 +36,21 @@ def output_projections(model: Model) -> list[tuple[str, nn.Module]]:
             f"{type(bare(model)).__name__} has {config.num_hidden_layers} layers, but {len(found)} output projections of attention heads "
             "were found: only causal language models with attention in every layer are known here."
         )
+    # some models call linear attention self_attn too, and what that puts out is gated and normed before it is projected
+    if others := set(getattr(config, "layer_types", None) or ()) - _LAYERS:
+        raise ValueError(
+            f"{type(bare(model)).__name__} has layers of {', '.join(sorted(others))}: only causal language models with "
+            f"{', '.join(sorted(_LAYERS))} in every layer are known here."
+        )
     return found
 
 
 def bare_linear(module: nn.Module) -> nn.Module:
-    """Without the adapters around it."""
+    """Without the adapters around it; of a module that is trained as a whole, the copy that runs."""
+    if isinstance(module, ModulesToSaveWrapper):
+        known: Any = module
+        runs = known.active_adapters if not known.disable_adapters else []
+        return cast(nn.Module, known.modules_to_save[runs[0]] if runs else known.original_module)
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 

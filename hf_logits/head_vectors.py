@@ -1,5 +1,6 @@
 """Vectors that are added to what attention heads put out: read off a model, added to it for a while or for good, shared as data."""
 
+import copy
 import json
 import math
 import tempfile
@@ -11,13 +12,13 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi, ModelCard, snapshot_download
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_logits.attention_heads import bare_linear, head_shape, output_projections
 from hf_logits.checks import check_number
-from hf_logits.hidden import backbone
 from hf_logits.reading import Model, evaluating
 from hf_logits.recipe import origin_of
 from hf_logits.recipe_format import MAX_JSON, MAX_TENSORS, RecipeError, checksum, is_repo_id
@@ -36,7 +37,7 @@ class HeadVectors:
     """What to add to the outputs of attention heads, times a strength.
 
     Args:
-        displacement (`torch.Tensor` of shape `[layers, heads, head size]`): float32; zero for heads that are left alone.
+        displacement (`torch.Tensor` of shape `[layers, heads, head size]`): zero for heads that are left alone. Kept in float32.
         strength (`float`, *optional*, defaults to `1.0`): what it is multiplied with unless told otherwise. 0 is the plain model.
     """
 
@@ -45,6 +46,7 @@ class HeadVectors:
 
     def __post_init__(self) -> None:
         check_number("strength", self.strength)
+        object.__setattr__(self, "displacement", self.displacement.float())
         if self.displacement.dim() != 3 or not bool(self.displacement.isfinite().all()):
             raise ValueError(
                 f"displacement must be finite and [layers, heads, head size]; got {tuple(self.displacement.shape)}."
@@ -105,19 +107,27 @@ class HeadVectors:
         """Move the heads of `model` for good: what they add becomes the bias of the output projections, and costs nothing.
 
         A constant behind a linear map is a bias. What active adapters make of it is in it, so do not switch them off later. Where
-        the model's config knows `attention_bias` it is set, so that the bias is saved and loaded with the model; other models
-        without such biases lose it then, which a warning says.
+        the model's config has an `attention_bias` that gives the output projections one, it is set, so that the bias is saved and
+        loaded with the model; other models without such biases lose it then, which a warning says. So do adapters, which are saved
+        without the model that they belong to: merge them first.
 
         Args:
             model, strength: see [`applied`].
         """
+        moved = self._moved(model, strength)
+        if moved and isinstance(model, PeftModel):
+            logger.warning_once(
+                "An adapter is saved without its base model, and what is baked into that is lost: merge_and_unload() before you save "
+                "it, or share the vectors instead."
+            )
         with evaluating(model):
-            for module, row in self._moved(model, strength):
+            if any(cast(Any, bare_linear(module)).bias is None for module, _ in moved):
+                _keep_biases(model)
+            for module, row in moved:
                 with_it, without = cast(Any, module)(torch.stack([row, torch.zeros_like(row)])[None])[0]
                 linear = cast(Any, bare_linear(module))
                 if linear.bias is None:
                     linear.bias = nn.Parameter(torch.zeros_like(with_it), requires_grad=False)
-                    _keep_biases(model)
                 linear.bias += with_it - without
 
     # --- sharing -----------------------------------------------------------------------------------------------------------
@@ -222,20 +232,27 @@ with vectors.applied(model):
 
 
 def _keep_biases(model: Model) -> None:
-    """Let the config know of a bias, so that all of them are saved and loaded."""
-    config: Any = bare(model).config.get_text_config()
-    if "attention_bias" not in config.to_dict():
+    """Let the config know of biases behind the heads, so that all of them are saved and loaded."""
+    whole = bare(model)
+    config: Any = copy.deepcopy(whole.config)
+    known = "attention_bias" in config.get_text_config().to_dict()
+    if known:
+        config.get_text_config().attention_bias = True
+        # What is loaded is what the config builds, and for some models its flag means the queries, keys and values alone.
+        with torch.device("meta"):
+            built: Any = type(whole)(config)
+        known = all(cast(Any, module).bias is not None for _, module in output_projections(built))
+    if not known:
         logger.warning_once(
-            f"{type(bare(model)).__name__} has no setting for a bias behind its heads, which is lost when it is saved and loaded: "
-            "share the vectors instead."
+            f"{type(whole).__name__} has no setting for a bias behind its heads, which is lost when it is saved and loaded: share the "
+            "vectors instead."
         )
         return
-    config.attention_bias = True
-    body = backbone(model)
-    for name, _ in output_projections(model):
-        for child in body.get_submodule(name.rpartition(".")[0]).children():
-            linear = cast(Any, bare_linear(child))
-            if isinstance(linear, nn.Linear) and linear.bias is None:
+    cast(Any, whole.config).get_text_config().attention_bias = True
+    for name, module in built.named_modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            linear = cast(Any, bare_linear(whole.get_submodule(name)))
+            if linear.bias is None:
                 zeros = torch.zeros(linear.out_features, device=linear.weight.device, dtype=model.dtype)
                 linear.bias = nn.Parameter(zeros, requires_grad=False)
 

@@ -31,10 +31,20 @@ def evaluating(model: Model) -> Iterator[None]:
         model.train(training)
 
 
+def open_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Text as ids, with what the tokenizer puts in front of a text and without the end token that some put behind: it goes on."""
+    ids, plain = (list(tokenizer(text=text, add_special_tokens=special)["input_ids"]) for special in (True, False))
+    # whether the end token is added is seen on another text: this one may end in it by itself, or be empty behind a first token
+    probe, bare_probe = (tokenizer(text="a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    end = [tokenizer.eos_token_id]
+    closes = probe[-1:] == end and bare_probe[-1:] != end
+    return ids[:-1] if closes and ids[:-1][len(ids) - 1 - len(plain) :] == plain else ids
+
+
 def chat_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A prompt as ids, up to where the answer begins."""
     if isinstance(prompt, str):
-        ids = tokenizer(text=prompt)["input_ids"]
+        ids = open_ids(prompt, tokenizer)
     else:
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text=text, add_special_tokens=False)["input_ids"]
@@ -48,6 +58,8 @@ def right_padded(
 ) -> Iterator[tuple[list[int], dict[str, Any], Tensor]]:
     """Indices, inputs and the last position of rows of like length. Padding is on the right, where no token sees it."""
     check_count("batch_size", batch_size, minimum=1)
+    if bare(model).config.is_encoder_decoder:
+        raise TypeError(f"{type(bare(model)).__name__} is an encoder-decoder: give a causal language model.")
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError("The virtual tokens of prompt learning shift all positions. Use the base model or LoRA.")
     window = getattr(bare(model).config.get_text_config(), "max_position_embeddings", None)
@@ -56,6 +68,12 @@ def right_padded(
         raise ValueError(
             f"A prompt has {longest} tokens, but {type(bare(model)).__name__} reads {window}: shorten it."
         )
+    return _batches(rows, model, batch_size)
+
+
+def _batches(
+    rows: list[list[int]], model: Model, batch_size: int
+) -> Iterator[tuple[list[int], dict[str, Any], Tensor]]:
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]

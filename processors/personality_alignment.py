@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hf_logits.checks import check_count, check_number
 from hf_logits.fused_head import Head
@@ -16,6 +18,8 @@ from hf_logits.logistic import fit_logistic
 from hf_logits.prompts import single_token
 from hf_logits.reading import Model, Prompt, chat_ids, evaluating, right_padded
 
+
+logger = logging.get_logger(__name__)
 
 OPTIONS = ("A", "B", "C", "D", "E")
 SCORES = (5.0, 4.0, 3.0, 2.0, 1.0)
@@ -80,7 +84,12 @@ def expected_error(
 
 def _answers(values: Sequence[float] | Tensor, number: int) -> Float[Tensor, " N"]:
     """Answers from 1 to 5, NaN where they are unknown (0 or NaN)."""
-    given = torch.as_tensor(values, dtype=torch.float64).flatten()
+    try:
+        given = torch.as_tensor(values, dtype=torch.float64).flatten()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"Answers must be numbers from 1 to 5, 0 or NaN where unknown; got {values!r:.200}."
+        ) from error
     if len(given) != number:
         raise ValueError(
             f"There are {len(given)} answers to {number} items: give one for each, 0 where it is unknown."
@@ -107,16 +116,28 @@ def answer_probabilities(
     Args:
         model, tokenizer, prompts, batch_size: see [`~hf_logits.attention_heads.collect_head_activations`].
         options (*optional*, defaults to `("A", "B", "C", "D", "E")`): tokens, by id or text.
+
+    Raises:
+        TypeError: for an encoder-decoder.
     """
     tokens = [single_token(option, tokenizer, what="An option") for option in options]
     rows = [chat_ids(prompt, tokenizer) for prompt in prompts]
     found, head = torch.empty(len(rows), len(tokens)), Head(model)
+    batches = right_padded(rows, model, batch_size)
     with evaluating(model):
-        for batch, inputs, places in right_padded(rows, model, batch_size):
-            with head.spared() as seen:
-                model(**inputs)
-            logits = head(seen[0][torch.arange(len(batch), device=places.device), places])[:, tokens]
-            found[batch] = logits.float().softmax(-1).cpu()
+        trial = {"input_ids": torch.tensor([row[:8] for row in rows[:1]], device=model.device), "use_cache": False}
+        reason = head.fails(model, trial) if rows else None
+        if reason is not None:
+            logger.warning_once(f"All logits of a batch are formed at once: {reason}.")
+        for batch, inputs, places in batches:
+            last = torch.arange(len(batch), device=places.device), places
+            if reason is None:
+                with head.spared() as seen:
+                    model(**inputs)
+                logits = head(seen[0][last])
+            else:
+                logits = cast(Any, model)(**inputs).logits[last]
+            found[batch] = logits[:, tokens].float().softmax(-1).cpu()
     return found
 
 
@@ -156,6 +177,10 @@ def fit_personality(
     check_count("num_heads", num_heads, minimum=1)
     check_number("train_fraction", train_fraction, minimum=0.0, maximum=1.0)
     check_number("penalty", penalty, minimum=0.0, above=True)
+    if activations.dim() != 5:
+        raise ValueError(
+            f"activations must be [items, 2, layers, heads, head size], from collect_head_activations(); got {list(activations.shape)}."
+        )
     items, answers, layers, heads, _ = activations.shape
     if answers != 2 or num_heads > layers * heads:
         raise ValueError(

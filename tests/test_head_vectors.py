@@ -5,8 +5,22 @@ import json
 import pytest
 import torch
 from huggingface_hub import constants
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from transformers import (
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    HeliumConfig,
+    HeliumForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 import tiny
 from hf_logits.attention_heads import head_shape
@@ -21,6 +35,12 @@ MODELS = {
     "mistral": tiny.mistral,
     "wide_heads": lambda seed=0: tiny.llama(seed, head_dim=16),
 }
+BIAS_ELSEWHERE = {
+    "glm": (GlmForCausalLM, GlmConfig),
+    "glm4": (Glm4ForCausalLM, Glm4Config),
+    "helium": (HeliumForCausalLM, HeliumConfig),
+}
+"""Models whose `attention_bias` is one of the queries, keys and values, and not of the projection behind the heads."""
 LORA = {"init_lora_weights": False, "target_modules": ["q_proj", "o_proj"], "lora_dropout": 0.3}
 
 
@@ -180,6 +200,21 @@ def test_baked_is_applied(build):
     torch.testing.assert_close(logits(model), logits(build()), rtol=1e-4, atol=1e-4)
 
 
+def test_heads_that_look_at_chosen_tokens_alone_are_heads():
+    sizes = {name: tiny._SMALL[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": tiny.VOCAB, "first_k_dense_replace": 2}
+    sizes |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    config = DeepseekV32Config(index_n_heads=2, index_head_dim=8, index_topk=4, **sizes, **tiny._IDS)
+    assert set(config.layer_types) == {"indexed_attention"}
+    model = tiny.spread(DeepseekV32ForCausalLM(config), 0)
+    plain, given = logits(model), vectors(model)
+    with given.applied(model):
+        expected = logits(model)
+    given.bake(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, plain, atol=0.1)
+
+
 def test_what_an_adapter_adds_is_baked_too():
     model = tuned().train()
     given = vectors(model)
@@ -208,6 +243,70 @@ def test_models_that_would_lose_the_bias_say_so(monkeypatch):
     assert len(set(seen)) == 1 and "MistralForCausalLM has no setting for a bias behind its heads" in seen[0]
 
 
+@pytest.mark.parametrize("model, config", BIAS_ELSEWHERE.values(), ids=BIAS_ELSEWHERE)
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_bias_of_the_queries_alone_is_not_taken_for_one_behind_the_heads(monkeypatch, model, config, flag):
+    seen: list[str] = []
+    monkeypatch.setattr("hf_logits.head_vectors.logger.warning_once", seen.append)
+    sizes = tiny._SMALL | tiny._IDS | {"vocab_size": tiny.VOCAB, "head_dim": 8}
+    built = tiny.spread(model(config(attention_bias=flag, **sizes)), 0)
+    given = vectors(built)
+    with given.applied(built):
+        expected = logits(built)
+    given.bake(built)
+    torch.testing.assert_close(logits(built), expected, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 1 and f"{model.__name__} has no setting for a bias behind its heads" in seen[0]
+    assert built.config.attention_bias is flag
+    assert (built.model.layers[0].self_attn.q_proj.bias is not None) is flag
+
+
+def test_what_is_baked_under_an_adapter_is_kept_when_it_is_merged_and_a_warning_says_so(monkeypatch, tmp_path):
+    seen: list[str] = []
+    monkeypatch.setattr("hf_logits.head_vectors.logger.warning_once", seen.append)
+    model = tuned()
+    given = vectors(model)
+    with given.applied(model):
+        expected = logits(model)
+    given.bake(model, strength=0.0)
+    assert not seen
+    given.bake(model)
+    assert len(seen) == 1 and "merge_and_unload() before you save it, or share the vectors instead" in seen[0]
+    model.save_pretrained(tmp_path / "adapter")
+    alone = PeftModel.from_pretrained(tiny.llama(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(alone), logits(tuned()))  # lost, as the warning says
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    back = type(merged).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(back), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_projections_that_are_trained_as_a_whole_are_baked(tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["o_proj"])
+    model = get_peft_model(tiny.llama(), config).eval()
+    with torch.no_grad():
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.o_proj.modules_to_save["default"].weight.mul_(1.5)  # as training would
+    given = vectors(model)
+    with given.applied(model):
+        expected = logits(model)
+    given.bake(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(tiny.llama()))
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(type(merged).from_pretrained(tmp_path)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_projections_whose_trained_copy_is_switched_off_are_baked_in_the_original():
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["o_proj"])
+    model = get_peft_model(tiny.llama(), config).eval()
+    given = vectors(model)
+    with model.disable_adapter():
+        given.bake(model)
+        torch.testing.assert_close(logits(model), by_hand(given, 1.0), rtol=1e-5, atol=1e-5)
+
+
 def test_strength_zero_bakes_nothing():
     model = tiny.llama()
     vectors(model).bake(model, strength=0.0)
@@ -226,11 +325,38 @@ def test_another_shape_is_refused():
             pass
 
 
+def linear_attention(kind: str):
+    """Models with layers of linear attention, which one calls `linear_attn` and the other `self_attn`."""
+    sizes = tiny._SMALL | tiny._IDS | {"vocab_size": tiny.VOCAB, "num_hidden_layers": 4, "head_dim": 16}
+    if kind == "minimax":
+        sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1, "block_size": 4}
+        return MiniMaxForCausalLM(MiniMaxConfig(**sizes)).eval()
+    sizes |= {"linear_num_value_heads": 8, "linear_num_key_heads": 4, "linear_key_head_dim": 8}
+    sizes |= {"linear_value_head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    return Qwen3NextForCausalLM(Qwen3NextConfig(shared_expert_intermediate_size=16, **sizes)).eval()
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("qwen3_next", "Qwen3NextForCausalLM has 4 layers, but 1 output projections of attention heads were found"),
+        (
+            "minimax",
+            "MiniMaxForCausalLM has layers of linear_attention: only causal language models with chunked_attention",
+        ),
+    ],
+)
+def test_linear_attention_is_not_read_as_heads(kind, message):
+    with pytest.raises(ValueError, match=message):
+        head_shape(linear_attention(kind))
+
+
 @pytest.mark.parametrize(
     "displacement, strength, message",
     [
         (torch.zeros(2, 3), 1.0, "displacement must be finite and"),
         (torch.full((1, 1, 2), torch.nan), 1.0, "displacement must be finite and"),
+        (torch.full((1, 1, 2), 1e300, dtype=torch.float64), 1.0, "displacement must be finite and"),
         (torch.zeros(1, 1, 2), torch.inf, "strength must be in"),
     ],
 )
@@ -253,6 +379,15 @@ def test_a_folder_gives_them_back(tmp_path):
     back = HeadVectors.from_pretrained(tmp_path / "new")
     assert torch.equal(back.displacement, given.displacement) and back.strength == 2.5
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [VECTOR_FILE, VECTOR_TENSORS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64])
+def test_vectors_of_any_dtype_are_kept_in_float32_and_come_back(tmp_path, dtype):
+    displacement = (4 * vectors(tiny.llama()).displacement).to(dtype)
+    given = HeadVectors(displacement)
+    assert torch.equal(given.displacement, displacement.float()) and given.displacement.dtype == torch.float32
+    given.with_strength(2.0).save_pretrained(tmp_path)
+    assert torch.equal(HeadVectors.from_pretrained(tmp_path).displacement, given.displacement)
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")

@@ -21,7 +21,7 @@ from hf_logits.correlation import average_ranks
 from hf_logits.fused_head import Head, fused_log_probs
 from hf_logits.hidden import backbone
 from hf_logits.preferences import require_columns
-from hf_logits.reading import Model, evaluating
+from hf_logits.reading import Model, evaluating, open_ids
 from hf_logits.sequences import batches_of_like_size
 from hf_logits.tasks import bare
 
@@ -37,7 +37,9 @@ COLUMNS = ("context", "instruction", "response")
 # --- the arithmetic --------------------------------------------------------------------------------------------------------
 
 
-def hmg_scores(short_nll: Float[Tensor, " _"], long_nll: Float[Tensor, " _"]) -> Float[Tensor, " _"]:
+def hmg_scores(
+    short_nll: Float[Tensor, " _"] | Sequence[float], long_nll: Float[Tensor, " _"] | Sequence[float]
+) -> Float[Tensor, " _"]:
     """Homologous models' guidance: how much harder a response is for the model with the short window, among all samples.
 
     The perplexities of each model are scaled to [0, 1] over the samples, and subtracted: `norm(PPL_short) - norm(PPL_long)`, between
@@ -50,12 +52,13 @@ def hmg_scores(short_nll: Float[Tensor, " _"], long_nll: Float[Tensor, " _"]) ->
     Returns:
         `torch.Tensor` of shape `[N]`, float64; NaN where either score is NaN, which then takes no part in the scaling.
     """
+    short_nll, long_nll = _numbers("short_nll", short_nll), _numbers("long_nll", long_nll)
     _check_lengths(short_nll=short_nll, long_nll=long_nll)
     known = ~(short_nll.isnan() | long_nll.isnan())
     scaled = []
     for name, nll in (("short_nll", short_nll), ("long_nll", long_nll)):
         # PPL = exp(NLL)
-        perplexity = nll.double().exp().where(known, torch.nan)
+        perplexity = nll.exp().where(known, torch.nan)
         if perplexity[known].isinf().any():
             raise ValueError(
                 f"{name} gives an infinite perplexity: it must be in nats per token, from response_nll()."
@@ -105,6 +108,13 @@ def _standardised(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     return (values - values.mean()) / spread.where(spread > 0, 1.0)
 
 
+def _numbers(name: str, values: Tensor | Sequence[float]) -> Float[Tensor, " _"]:
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be numbers, NaN where a sample has none; got {values!r:.200}.") from error
+
+
 def _check_lengths(**given: Tensor) -> None:
     (first, a), (second, b) = given.items()
     if len(a) != len(b):
@@ -140,7 +150,9 @@ def tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, template: st
     special = tokenizer.bos_token is None or not before.startswith(str(tokenizer.bos_token))
 
     def ids(text: str, special: bool = False) -> Ids:
-        return list(tokenizer(text=text, add_special_tokens=special)["input_ids"])
+        return (
+            open_ids(text, tokenizer) if special else list(tokenizer(text=text, add_special_tokens=False)["input_ids"])
+        )
 
     samples = []
     for row in dataset:
@@ -453,14 +465,19 @@ def select_top(
             `"rank"`: both as ranks in (0, 1], ties sharing theirs. `"zscore"`: both standardised. `"official"`: as published.
 
     Returns:
-        The kept rows with the columns `hmg`, `cam` and `gateau_score`. Samples without a score (NaN) are dropped, with a warning
-        that counts them.
+        The kept rows with the columns `hmg`, `cam` and `gateau_score`, in place of those of an earlier choice. Samples without a
+        score (NaN) are dropped, with a warning that counts them. Infinite scores are an error: neither method gives any.
     """
     check_number("keep_fraction", keep_fraction, minimum=0.0, maximum=1.0, above=True)
     check_number("hmg_weight", hmg_weight, minimum=0.0, maximum=1.0)
     check_choice("combine", combine, "rank", "zscore", "official")
-    hmg, cam = (torch.as_tensor(values, dtype=torch.float64) for values in (hmg, cam))
+    hmg, cam = _numbers("hmg", hmg), _numbers("cam", cam)
     _check_lengths(hmg=hmg, cam=cam)
+    for name, values in (("hmg", hmg), ("cam", cam)):
+        if values.isinf().any():
+            raise ValueError(
+                f"{name} is infinite for {int(values.isinf().sum())} samples: give finite scores, and NaN where a sample has none."
+            )
     if len(hmg) != len(dataset):
         raise ValueError(
             f"{len(hmg)} scores for {len(dataset)} samples: score the dataset that is to be selected from."
@@ -475,6 +492,7 @@ def select_top(
     best = scores.argsort(descending=True, stable=True)[:kept]
     rows = known[best]
     chosen = dataset.select(rows.tolist())
+    chosen = chosen.remove_columns([name for name in ("hmg", "cam", "gateau_score") if name in chosen.column_names])
     for name, values in (("hmg", hmg[rows]), ("cam", cam[rows]), ("gateau_score", scores[best])):
         chosen = chosen.add_column(name, values.tolist())
     return chosen

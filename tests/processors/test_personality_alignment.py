@@ -2,11 +2,14 @@
 
 import math
 
+import jaxtyping
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from sklearn import linear_model
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM
 
 import tiny
 from hf_logits.head_vectors import HeadVectors
@@ -117,6 +120,21 @@ def test_a_subject_that_cannot_be_fitted(values, options, message):
         fit_personality(people()[0], values, **({"num_heads": 2} | options))
 
 
+def test_what_is_no_subject_says_so():
+    activations, values = people()
+    # these checks come before our own errors, and users do not have them
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(
+            TypeError, match=r"Answers must be numbers from 1 to 5, 0 or NaN where unknown; got \[5.0, None"
+        ):
+            fit_personality(activations, [5.0, None, *values[2:]], num_heads=2)
+        with pytest.raises(ValueError, match=r"activations must be \[items, 2, layers.*; got \[2, 2, 3, 4\]"):
+            fit_personality(activations[0], values[:2], num_heads=2)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_two_answers_are_enough(fraction):
     activations, _ = people()
@@ -182,13 +200,53 @@ def test_probabilities_of_the_options_are_those_of_one_at_a_time(build, batch_si
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [32, 16])
+def test_probabilities_of_a_model_whose_head_does_not_run_alone(width, monkeypatch):
+    """OPT calls what is inside of its backbone, and the small width is that of a projection behind the layers."""
+    seen: list[str] = []
+    monkeypatch.setattr("hf_logits.processors.personality_alignment.logger.warning_once", seen.append)
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **tiny._IDS}
+    model = tiny.spread(OPTForCausalLM(OPTConfig(vocab_size=tiny.VOCAB, word_embed_proj_dim=width, **sizes)), 0)
+    words = tokenizer()
+    found = answer_probabilities(model, words, PROMPTS, options=OPTIONS, batch_size=3)
+    expected = tiny.recomputed(model, [words(prompt)["input_ids"] for prompt in PROMPTS])[:, 6:11].softmax(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert (
+        len(seen) == 1
+        and "All logits of a batch are formed at once: OPTForCausalLM does not call its OPTModel" in seen[0]
+    )
+
+
+def test_a_whole_forward_and_the_head_alone_agree(monkeypatch):
+    model, words = tiny.llama(), tokenizer()
+    expected = answer_probabilities(model, words, PROMPTS, options=OPTIONS)
+    monkeypatch.setattr("hf_logits.fused_head.Head.fails", lambda *_: "for a test")
+    torch.testing.assert_close(answer_probabilities(model, words, PROMPTS, options=OPTIONS), expected)
+
+
+def test_an_end_token_of_the_tokenizer_does_not_stand_in_front_of_the_answer():
+    """Some tokenizers close a text, and an answer stands behind it."""
+    model, plain, closing = tiny.llama(), tokenizer(), tokenizer()
+    special = [("<bos>", 1), ("<eos>", 2)]
+    plain.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=special[:1])
+    closing.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
+    assert closing("w6")["input_ids"] == [1, 6, 2]
+    prompts = [*PROMPTS, "w9 <eos>"]  # an end token of the text's own stays
+    for read in (
+        lambda words: collect_head_activations(model, words, prompts, answers=("w6",)),
+        lambda words: answer_probabilities(model, words, prompts, options=OPTIONS),
+    ):
+        assert torch.equal(read(closing), read(plain))
+
+
 @pytest.mark.parametrize("build", [tiny.mamba, tiny.bamba])
 def test_models_without_attention_in_every_layer_are_refused(build):
     with pytest.raises(ValueError, match="output projections of attention heads were found"):
         collect_head_activations(build(), tokenizer(), PROMPTS)
 
 
-def test_what_cannot_be_read():
+def test_what_cannot_be_read(monkeypatch):
+    monkeypatch.delattr("hf_logits.fused_head.Head.fails")  # nothing is tried out, nor warned of, before
     model, words = tiny.llama(max_position_embeddings=5), tokenizer()
     with pytest.raises(ValueError, match="A prompt has 6 tokens, but LlamaForCausalLM reads 5: shorten it"):
         answer_probabilities(model, words, PROMPTS, options=OPTIONS)
@@ -200,6 +258,8 @@ def test_what_cannot_be_read():
         answer_probabilities(model, words, PROMPTS, options=("w6 w7", "w8"))
     with pytest.raises(ValueError, match="batch_size must be a whole number"):
         answer_probabilities(model, words, PROMPTS[:1], options=OPTIONS, batch_size=0)
+    with pytest.raises(TypeError, match="T5ForConditionalGeneration is an encoder-decoder: give a causal"):
+        answer_probabilities(tiny.t5(), words, PROMPTS, options=OPTIONS)
     virtual = get_peft_model(tiny.llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="virtual tokens of prompt learning"):
         answer_probabilities(virtual, words, PROMPTS, options=OPTIONS)

@@ -2,10 +2,12 @@
 
 import math
 
+import jaxtyping
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -76,6 +78,7 @@ def all_attention(model: torch.nn.Module, prompt: list[int], response: list[int]
 
 def test_hmg_by_hand():
     difference = hmg_scores(SHORT, LONG)
+    assert torch.equal(hmg_scores(SHORT.tolist(), LONG.tolist()), difference)
     assert difference.tolist() == pytest.approx([0.428571, 0.0, -0.533333], abs=1e-6)
     assert difference.softmax(0).tolist() == pytest.approx([0.491738, 0.320337, 0.187925], abs=1e-6)
 
@@ -173,11 +176,35 @@ def test_dropped_samples_are_counted(monkeypatch):
     assert seen == ["2 of 3 samples have no score and are dropped."]
 
 
+def test_a_second_choice_has_its_own_scores():
+    first = select_top(samples(4), [1.0, 2.0, 3.0, 4.0], [0.1, 0.2, 0.3, 0.4], keep_fraction=1.0)
+    again = select_top(first, [9.0, 8.0, 7.0, 6.0], [0.4, 0.3, 0.2, 0.1], keep_fraction=0.5)
+    assert again["context"] == first["context"][:2] and again["hmg"] == [9.0, 8.0] and again["cam"] == [0.4, 0.3]
+    assert again["gateau_score"] == pytest.approx([1.0, 0.75])
+    assert again.column_names == first.column_names
+
+
+def test_what_are_no_scores():
+    # these checks come before our own errors, and users do not have them
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(
+            TypeError, match=r"long_nll must be numbers, NaN where a sample has none; got \[1.0, None\]"
+        ):
+            hmg_scores([1.0, 2.0], [1.0, None])
+        with pytest.raises(TypeError, match="cam must be numbers, NaN where a sample has none; got 'high'"):
+            select_top(samples(1), [1.0], "high", keep_fraction=1.0)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"hmg": [1.0]}, "hmg has 1 values and cam 3: score the same samples"),
         ({"hmg": [1.0] * 2, "cam": [1.0] * 2}, "2 scores for 3 samples: score the dataset"),
+        ({"hmg": [math.inf, 2.0, 3.0]}, "hmg is infinite for 1 samples: give finite scores, and NaN"),
+        ({"cam": [-math.inf, math.inf, math.nan]}, "cam is infinite for 2 samples"),
         ({"keep_fraction": 0.0}, "keep_fraction must be in"),
         ({"keep_fraction": 0.1}, "keep_fraction=0.1 of 3 scored samples is none: raise it"),
         ({"hmg_weight": 1.5}, "hmg_weight must be in"),
@@ -212,6 +239,24 @@ def test_the_parts_stand_where_the_template_says():
     assert sample.prompt == [1, 10, 30, 11, 20, 21, 12] and sample.context == [20, 21] and sample.response == [40, 41]
     (chat,) = tokenized(Dataset.from_list([row]), tokenizer, "<bos> w10 {context} {instruction} w11")
     assert chat.prompt == [1, 10, 20, 21, 30, 11]  # and not two of the first token
+
+
+def test_an_end_token_of_the_tokenizer_does_not_stand_in_front_of_the_context():
+    tokenizer = word_tokenizer(bos=True)
+    special = [("<bos>", 1), ("<eos>", 2)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
+    data = Dataset.from_list([{"context": "w20 w21", "instruction": "w30", "response": "w40 w41"}])
+    assert tokenizer("w20")["input_ids"] == [1, 20, 2]
+    for template, head in (("w10 {context} {instruction}", [1, 10]), ("{context} {instruction}", [1])):
+        (sample,) = tokenized(data, tokenizer, template)
+        assert sample.head == head and sample.prompt == [*head, 20, 21, 30]
+    (own,) = tokenized(data, tokenizer, "w10 <eos> {context} {instruction}")
+    assert own.head == [1, 10, 2]
+    # a first token that is the end token too is no end
+    first = [("<eos>", 2)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=first)
+    (sample,) = tokenized(data, tokenizer, "{context} {instruction}")
+    assert sample.head == [2]
 
 
 def test_braces_in_a_text_are_text():
