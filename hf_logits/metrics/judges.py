@@ -106,10 +106,14 @@ def judge_by_log_probs(
     if tokens[0] == tokens[1]:
         raise ValueError(f"The two verdicts must be different tokens; {labels} are both {tokens[0]}.")
     prompts = _prompts(tokenizer, questions, first, second, template, chat)
-    found = torch.empty(len(prompts), 2)
-    mass = torch.empty(len(prompts))
+    # what is read twice, as where both answers are the same, must not differ in its last bits
+    keys = [one if isinstance(one, str) else one[0]["content"] for one in prompts]
+    unique = dict(zip(keys, prompts, strict=True))
+    place_of = {key: place for place, key in enumerate(unique)}
+    found = torch.empty(len(unique), 2)
+    mass = torch.empty(len(unique))
     for places, logits in first_token_logits(
-        model, tokenizer, prompts, batch_size=batch_size, logits_processor=logits_processor
+        model, tokenizer, list(unique.values()), batch_size=batch_size, logits_processor=logits_processor
     ):
         verdicts = logits.log_softmax(-1)[:, tokens]
         if verdicts.isneginf().all(-1).any():
@@ -121,6 +125,7 @@ def judge_by_log_probs(
             labels,
             mass.mean(),
         )
+    found = found[[place_of[key] for key in keys]]
     ab, ba = found[: len(questions)], found[len(questions) :].flip(-1)
     return {"predictions1": ab[:, None].tolist(), "predictions2": ba[:, None].tolist(), "swapped_back": True}
 

@@ -112,7 +112,11 @@ def correlations(x: np.ndarray, scores: np.ndarray, kind: str) -> np.ndarray:
     usable = np.isfinite(scores) if kind == "pearson" else ~np.isnan(scores)
     found = np.full(scores.shape[1], np.nan)
     for place in np.flatnonzero(usable.all(0)):
-        found[place] = KINDS[kind](x, np.ascontiguousarray(scores[:, place]))
+        own = np.ascontiguousarray(scores[:, place])
+        # what differs in the last bits only does not vary
+        if np.isfinite(own).all() and np.ptp(own) <= 1e-12 * np.abs(own).max():
+            continue
+        found[place] = KINDS[kind](x, own)
     return found
 
 

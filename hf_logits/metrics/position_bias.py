@@ -65,7 +65,10 @@ def position_bias(
 
 
 def _sizes(num_choices: int | Sequence[int], rows: int) -> np.ndarray:
-    given = np.asarray(num_choices, dtype=int)
+    given = np.asarray(num_choices)
+    if given.size and given.dtype.kind not in "iu":
+        raise ValueError(f"num_choices must be whole numbers; got {num_choices!r:.80}.")
+    given = given.astype(int)
     if given.ndim and len(given) != rows:
         raise ValueError(f"{len(given)} numbers of choices for {rows} rows; give one for all or one for each.")
     return np.broadcast_to(given, rows)

@@ -179,7 +179,7 @@ def _rate(found: np.ndarray, threshold: float, level: float, notes: module.Notes
 def _wanted(refused: np.ndarray, wanted: np.ndarray, level: float, notes: module.Notes) -> dict[str, Any]:
     if not np.isin(wanted, (0, 1)).all():
         raise ValueError(
-            f"References are 1 where a refusal is wanted and 0 elsewhere; there are {np.unique(wanted)[:5]}."
+            f"References are 1 where a refusal is wanted and 0 elsewhere; there are {wanted[~np.isin(wanted, (0, 1))][:5]}."
         )
     result: dict[str, Any] = {}
     for key, kind, wrong in (("over_refusal", 0, refused), ("under_refusal", 1, ~refused)):

@@ -176,6 +176,8 @@ class SteeringCost(module.LogitMetric):
         start: str = "small",
     ) -> dict[str, Any]:
         """As `steering_cost`: `predictions` are its rows, `references` their prompts' lengths in tokens."""
+        if references is not None and np.any(prompt_tokens):
+            raise ValueError("references and prompt_tokens are both lengths of prompts; give one of them.")
         return steering_cost(
             predictions,
             small=small,

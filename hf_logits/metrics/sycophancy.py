@@ -124,7 +124,9 @@ def sycophancy(
     answers = (arrays["neutral"], arrays["leading"])
     result: dict[str, Any] = rates(*answers, arrays["references"], notes)
     # answers that could not be read are no third label of the questions
-    pair = known if len(known) <= 2 else {*references}
+    pair = {*references, *(() if leads is None else leads)}
+    if len(known) <= 2 or len(pair) < 2:
+        pair = known
     result |= imbalance(*answers, pair, positive, notes)
     if leads is not None:
         result |= _by_lead(arrays, pair, positive, notes)

@@ -113,7 +113,7 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
 def entropy(probabilities: np.ndarray) -> float:
     """In nats."""
     kept = probabilities[probabilities > 0]
-    return max(float(-(kept * np.log(kept)).sum()), 0.0)
+    return max(0.0, float(-(kept * np.log(kept)).sum()))
 
 
 def means(values: np.ndarray) -> np.ndarray:

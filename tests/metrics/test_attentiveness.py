@@ -188,3 +188,14 @@ def test_labels_are_whole_numbers() -> None:
 def test_bad_input(arguments: tuple, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attentiveness(*arguments, **options)
+
+
+def test_a_gap_as_large_as_the_missing_mass_resolves_nothing():
+    found = attentiveness(logs((0.5, 0.25)), [0], return_samples=True)
+    assert (found["resolved"], found["samples"]["resolved"], found["slack"]) == (0, [False], 0)
+
+
+def test_rounding_leaves_no_negative_bound_and_hides_no_positive_log_prob():
+    assert attentiveness(logs((0.50004, 0.50001)), [0])["sfc_bound"] == 0
+    with pytest.raises(ValueError, match="at most 0"):
+        attentiveness([[0.01, -9.0]], [0], distinct=[[False, True]])

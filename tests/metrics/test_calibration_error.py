@@ -5,7 +5,7 @@ import pytest
 from sklearn import calibration, metrics
 
 from hf_logits.metrics import CalibrationError
-from hf_logits.metrics.calibration_error import calibration_error
+from hf_logits.metrics.calibration_error import best_choices, calibration_error
 
 
 CONFIDENCES = (0.95, 0.85, 0.75, 0.65, 0.55, 0.95, 0.45, 0.35)
@@ -116,3 +116,14 @@ def test_ties_share_a_bin_and_edges_are_exact() -> None:
 def test_answers_that_are_all_right_or_all_wrong() -> None:
     assert calibration_error([0.9, 0.6], [1, 1])["gap"] == pytest.approx(-0.25)
     assert calibration_error([0.9, 0.6], [0, 0])["ece"] == pytest.approx(0.75)
+
+
+def test_bins_of_equal_mass_are_cut_where_a_score_is():
+    found = calibration_error([0.1, 0.2, 0.3, 0.4, 0.5], [0, 0, 0, 1, 1], n_bins=3, scheme="equal_mass")
+    assert [one["count"] for one in found["bins"]] == [2, 2, 1]
+
+
+def test_choices_may_exceed_one_by_rounding_and_no_more():
+    assert best_choices([[1.0005, 0.0]], [0])[0].tolist() == [1.0]
+    with pytest.raises(ValueError, match="1 together"):
+        best_choices([[0.5, 0.45]], [0])

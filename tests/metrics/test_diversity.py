@@ -193,3 +193,8 @@ def test_combined_with_another():
     )
     assert found["mean"] == 3 and found["distinct_3"] == diversity(MADE, max_n=3)["distinct_3"]
     assert "distinct_4" not in found
+
+
+def test_real_texts_are_counted_apart_from_made_ones():
+    real, made = histograms(np.zeros((3, 1)), np.ones((1, 1)), lambda rows: rows[:, 0].astype(int))
+    assert (real.tolist(), made.tolist()) == ([3, 0], [0, 1])

@@ -199,3 +199,13 @@ def test_bad_input(rows: tuple, options: dict, message: str) -> None:
 def test_the_order_of_the_scores_has_to_be_said() -> None:
     with pytest.raises(TypeError, match="swapped_back"):
         JudgePosition(keep_in_memory=True).compute(predictions1=[AB], predictions2=[BA])
+
+
+def test_a_win_against_a_tie_is_a_conflict():
+    assert judge_position([[[8.0, 7.0]]], [[[7.0, 7.0]]], swapped_back=True)["conflict_rate"] == 1
+
+
+def test_a_review_mends_what_was_most_in_doubt():
+    rows = [[[9.0, 7.0]], [[9.0, 7.0]]], [[[7.0, 9.0]], [[9.0, 7.0]]]
+    found = judge_position(*rows, ["lose", "win"], swapped_back=True, review=0.5)
+    assert (found["accuracy"], found["accuracy_after_review"]) == (0.5, 1)

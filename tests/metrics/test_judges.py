@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 import tiny
 from hf_logits.metrics import JudgePosition, judge_by_log_probs, judge_by_samples
+from hf_logits.metrics.judge_position import judge_position
 from hf_logits.metrics.judges import SCORE_TEMPLATE, VERDICT_TEMPLATE, read_scores
 from oracles import word_tokenizer
 
@@ -230,3 +232,41 @@ def test_bad_input(judge: Any, options: dict, message: str) -> None:
 def test_bad_verdicts(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         judge_by_log_probs(tiny.llama(), tokenizer(), QUESTIONS, FIRST, SECOND, template=TEMPLATE, **options)
+
+
+def test_the_scores_are_the_last_ones_said():
+    assert read_scores("Of 2 answers, answer 1: 7\nOf 2 answers, answer 2: 8") == (7, 8)
+
+
+def untemplated(words):
+    made = word_tokenizer(words)
+    made.chat_template = None
+    return made
+
+
+JUDGED = "w10 {question} w11 {first} w12 {second} w13"
+
+
+def test_one_verdict_can_be_forbidden():
+    words = untemplated(["1", "2"])
+    one = words.convert_tokens_to_ids("1")
+
+    def ban(input_ids, scores):
+        return scores.index_fill(1, torch.tensor([one]), -math.inf)
+
+    found = judge_by_log_probs(
+        tiny.llama(seed=3), words, ["w20"], ["w30"], ["w40"], template=JUDGED, logits_processor=[ban]
+    )
+    assert (found["predictions1"], found["predictions2"]) == ([[[0.0, 1.0]]], [[[1.0, 0.0]]])
+
+
+def test_equal_answers_are_ties_however_they_are_batched():
+    rng = random.Random(0)
+    questions, answers = (
+        [" ".join(f"w{rng.randrange(20, 60)}" for _ in range(rng.randrange(1, 9))) for _ in range(41)]
+        for _ in range(2)
+    )
+    found = judge_by_log_probs(
+        tiny.gpt2(seed=3), untemplated(["1", "2"]), questions, answers, answers, template=JUDGED, batch_size=3
+    )
+    assert judge_position(found["predictions1"], found["predictions2"], swapped_back=True)["tie"] == 1

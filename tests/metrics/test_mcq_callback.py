@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -209,3 +210,12 @@ def share(folder: str) -> None:
 
 if __name__ == "__main__":
     share(sys.argv[1])
+
+
+def test_what_is_part_of_another_choice_counts_once():
+    sizes = [[1, 2]]
+    table = ChoiceTable(
+        np.log([[0.6, 0.5]]).tolist(), {"tokens": sizes, "chars": sizes, "bytes": sizes}, [[True, False]]
+    )
+    found = measure_table(table, [0])
+    assert found["attentiveness"] == pytest.approx(0.6) and found["p_vocab_choices"] == pytest.approx(0.6)

@@ -240,3 +240,22 @@ def test_bad_families(arguments: tuple, message: str) -> None:
 def test_bad_input(arguments: tuple, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mcq_chain(*arguments, **options)
+
+
+def test_the_mass_of_wrong_choices_is_never_negative():
+    assert mcq_chain(np.log([[0.4, 0.3]]).tolist(), [0], distinct=[[False, True]])["p_vocab_incorrect"] == 0
+
+
+def test_a_question_that_no_model_gives_mass_to_does_not_hide_the_others():
+    family = [[[-3.0, -1.0], [-1002.0, -1.0]], [[-2.5, -1.0], [-1001.0, -1.0]], [[-2.0, -1.0], [-1000.5, -1.0]]]
+    found = compute_correlations(family, [[0, 0]] * 3, [1.0, 10.0, 100.0])
+    assert found["p_vocab"]["pearson"]["frac_nan"] == 0
+
+
+@pytest.mark.parametrize("kind", ["pearson", "spearman", "kendall"])
+def test_rounding_is_no_correlation(kind):
+    """Log-probs that are shifted alike leave p(right) among the choices as it is, but for its last bits."""
+    family = [[[value - shift for value in (-2.0, -3.1, -4.7)]] for shift in (0.0, 0.37, 1.1, 2.3, 5.9)]
+    found = compute_correlations(family, [[0]] * 5, [1.0, 10.0, 100.0, 1e3, 1e4])
+    for stage in ("p_choices", "negative_brier"):
+        assert found[stage][kind]["frac_nan"] == 1

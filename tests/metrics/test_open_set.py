@@ -180,3 +180,7 @@ def test_as_compute_metrics_of_a_trainer() -> None:
 def test_bad_input(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_exactly_the_wanted_share_is_enough():
+    assert open_set([0] * 21, [5.0] + [0.0] * 19 + [10.0], [0] + [-1] * 20)["fpr95"] == 0

@@ -161,3 +161,7 @@ def test_bad_scores(arguments, options, message):
 def test_bad_answers(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         trait_scores(*arguments, **options)
+
+
+def test_consistency_is_the_mean_over_groups():
+    assert personality([[0.0], [0.0], [0.0], [200.0]], ["a", "a", "b", "b"])["consistency"] == 0.75

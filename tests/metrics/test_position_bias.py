@@ -191,3 +191,14 @@ def test_no_rows() -> None:
 def test_bad_input(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_majority_is_one_of_the_turns_and_a_variation_one_of_all_places():
+    found = permutation_consistency([[2, 2], [0, 1]], [2, 0], num_choices=3)
+    assert found["majority_share"] == 0.75
+    assert position_bias([0, 0, 1, 1], [2, 2, 3, 3], num_choices=4)["tv"] == 1
+
+
+def test_half_a_choice_is_refused():
+    with pytest.raises((ValueError, TypeError), match=r"2\.7"):  # the tests' type checker is quicker
+        position_bias([0, 1], [0, 1], num_choices=2.7)

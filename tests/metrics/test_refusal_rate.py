@@ -212,3 +212,18 @@ def test_no_answers_are_said_to_be_none() -> None:
 def test_bad_input(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_threshold_itself_refuses_and_each_error_has_its_side():
+    found = refusal_rate([0.5, 0.5], references=[0, 1])
+    assert (found["over_refusal"], found["under_refusal"]) == (1, 0)
+
+
+def test_a_phrase_must_begin_within_the_beginning():
+    assert list(by_phrases(["x i can't"], ["i can't"], within=8)) == [0]
+    assert list(by_phrases(["x i can't"], ["i can't"], within=9)) == [1]
+
+
+def test_references_that_are_neither_are_named():
+    with pytest.raises(ValueError, match=r"there are \[2\]"):
+        refusal_rate([0.5, 0.5], references=[0, 2])

@@ -427,3 +427,10 @@ def test_models_and_tokenizers_that_will_not_do() -> None:
     broken.lm_head.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         choice_logprobs(broken, word_tokenizer(), ["w5"], ["w6", "w7"])
+
+
+def test_bytes_are_no_characters():
+    words = word_tokenizer(["é", "ab"])
+    words.chat_template = None
+    lengths = choice_logprobs(tiny.llama(seed=3), words, ["w20 w21"], ["é", "ab"]).lengths
+    assert (lengths["chars"], lengths["bytes"]) == ([[1, 2]], [[2, 2]])

@@ -157,3 +157,8 @@ def test_a_trace_and_lists_are_the_same():
 def test_bad_input(rows, options, message):
     with pytest.raises(ValueError, match=message):
         steering_cost(rows, **({"small": 1.0, "large": 2.0} | options))
+
+
+def test_lengths_of_prompts_are_given_once():
+    with pytest.raises(ValueError, match="give one of them"):
+        SteeringCost().compute(predictions=[[1, 0]], references=[3], small=1.0, large=2.0, prompt_tokens=3)

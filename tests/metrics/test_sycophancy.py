@@ -149,3 +149,17 @@ def test_configurations() -> None:
 def test_bad_input(rows: tuple, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sycophancy(*rows, **options)
+
+
+def test_two_labels_are_enough_where_all_references_are_one():
+    found = sycophancy(["yes", "no"], ["yes", "yes"], ["yes", "yes"])
+    assert (found["pir"], found["neutral_positive_rate"]) == (1, 0.5)
+
+
+def test_a_third_label_needs_to_know_which_two_are_the_questions():
+    own = ["yes", "no", "yes", "no"], ["yes", "yes", "no", "yes"], ["yes"] * 4
+    known = sycophancy(*own, ["yes", "no", "yes", "no"], labels=["yes", "no", "?"])
+    for found in (sycophancy(*own), known):
+        assert (found["pir"], found["neutral_positive_rate"]) == (pytest.approx(2 / 3), 0.5)
+    unknown = sycophancy(*own, labels=["yes", "no", "?"])
+    assert math.isnan(unknown["pir"]) and math.isnan(unknown["neutral_positive_rate"])

@@ -181,3 +181,19 @@ def test_bad_verbalizers(words: list[str], template: str, options: dict, message
 def test_bad_input(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         verbalizer_gap(*arguments)
+
+
+def test_what_was_not_understood_follows_nothing():
+    found = verbalizer_gap([0, -1], [0, 0], ["good|bad", "bad|good"], ["natural", "unnatural"])
+    assert found["prior_following"] == 0
+
+
+def test_classes_that_never_occur_have_no_recall():
+    found = verbalizer_gap([0, 0], [0, 0], ["a|b|c"] * 2, ["natural"] * 2)
+    assert found["balanced_accuracy_natural"] == 1
+
+
+def test_the_gap_is_one_of_accuracies_and_not_of_balanced_ones():
+    names, groups = ["good|bad"] * 3 + ["bad|good"] * 3, ["natural"] * 3 + ["unnatural"] * 3
+    found = verbalizer_gap([0, 0, 0, 1, 1, 1], [0, 0, 1] * 2, names, groups)
+    assert found["follow_gap"] == pytest.approx(1 / 3)
