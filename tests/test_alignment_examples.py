@@ -77,15 +77,24 @@ def test_the_example_trains_saves_and_names_its_paper(name, sentences, small, tm
 
 @pytest.mark.slow
 def test_a_run_of_two_stages_goes_on_from_either(small, tmp_path):
+    """One process runs the script three times, which imports the host once."""
     out = tmp_path / "out"
-    saves = ("--save_strategy", "steps", "--save_steps", 1, "--use_cpu", "true")
-    run("score", small, out, *saves)
-    first = out / "stage_1" / "model.safetensors"
-    written = first.stat().st_mtime_ns
-    run("score", small, out, *saves, "--resume_from_checkpoint", out / "checkpoint-1")
-    assert first.stat().st_mtime_ns == written
-    run("score", small, out, *saves, "--resume_from_checkpoint", out / "stage_1" / "checkpoint-1")
-    assert first.stat().st_mtime_ns > written
+    argv = ["score.py", "--config", FOLDER / "score.yaml", "--model_name_or_path", small, "--output_dir", out]
+    argv += ["--max_steps", 2, "--disable_tqdm", "true", "--use_cpu", "true"]
+    argv += ["--save_strategy", "steps", "--save_steps", 1, "--per_device_eval_batch_size", 64]
+    program = f"""
+import runpy, sys
+from pathlib import Path
+
+sys.path.insert(0, {str(FOLDER)!r})
+written = []
+for more in ([], [{str(out / "checkpoint-1")!r}], [{str(out / "stage_1" / "checkpoint-1")!r}]):
+    sys.argv = {list(map(str, argv))!r} + (["--resume_from_checkpoint", *more] if more else [])
+    runpy.run_path({str(FOLDER / "score.py")!r}, run_name="__main__")
+    written.append(Path({str(out / "stage_1" / "model.safetensors")!r}).stat().st_mtime_ns)
+assert written[0] == written[1] < written[2], written
+"""
+    launching.run("-c", program, folder=tmp_path)
 
 
 @pytest.mark.slow
