@@ -58,48 +58,56 @@ def small(tmp_path):
     return tmp_path / "tiny"
 
 
-def run(name, small, out, *arguments, launch=()):
-    """As on the command line."""
+def arguments(name, small, out, *more):
+    """A command line."""
     settings = ("--config", FOLDER / f"{name}.yaml", "--model_name_or_path", small, "--output_dir", out)
-    settings += ("--max_steps", 2, "--disable_tqdm", "true")
-    launching.run(FOLDER / f"{name}.py", *settings, *arguments, folder=small.parent, launch=launch)
+    return [FOLDER / f"{name}.py", *settings, "--max_steps", 2, "--disable_tqdm", "true", *more]
+
+
+def run_in_one_process(*commands, folder, after=""):
+    """As on the command line, one script after the other: what they import is imported once. `after`: a line of code behind each."""
+    lines = [list(map(str, command)) for command in commands]
+    program = f"""
+import runpy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {str(FOLDER)!r})
+seen = []
+for sys.argv in {lines!r}:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    {after or "pass"}
+"""
+    launching.run("-c", program, folder=folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PAPERS)
-def test_the_example_trains_saves_and_names_its_paper(name, sentences, small, tmp_path):
-    out = tmp_path / "out"
-    run(name, small, out, "--use_cpu", "true")
-    assert PAPERS[name] in (out / "README.md").read_text()
-    weights = "model.safetensors" if name == "armo" else "adapter_model.safetensors"
-    assert (out / weights).is_file() and (out / "eval_results.json").is_file()
+def test_each_example_trains_saves_and_names_its_paper(sentences, small, tmp_path):
+    run_in_one_process(
+        *(arguments(name, small, tmp_path / name, "--use_cpu", "true") for name in PAPERS), folder=tmp_path
+    )
+    for name, paper in PAPERS.items():
+        assert paper in (tmp_path / name / "README.md").read_text()
+        weights = "model.safetensors" if name == "armo" else "adapter_model.safetensors"
+        assert (tmp_path / name / weights).is_file() and (tmp_path / name / "eval_results.json").is_file()
 
 
 @pytest.mark.slow
 def test_a_run_of_two_stages_goes_on_from_either(small, tmp_path):
-    """One process runs the script three times, which imports the host once."""
     out = tmp_path / "out"
-    argv = ["score.py", "--config", FOLDER / "score.yaml", "--model_name_or_path", small, "--output_dir", out]
-    argv += ["--max_steps", 2, "--disable_tqdm", "true", "--use_cpu", "true"]
-    argv += ["--save_strategy", "steps", "--save_steps", 1, "--per_device_eval_batch_size", 64]
-    program = f"""
-import runpy, sys
-from pathlib import Path
-
-sys.path.insert(0, {str(FOLDER)!r})
-written = []
-for more in ([], [{str(out / "checkpoint-1")!r}], [{str(out / "stage_1" / "checkpoint-1")!r}]):
-    sys.argv = {list(map(str, argv))!r} + (["--resume_from_checkpoint", *more] if more else [])
-    runpy.run_path({str(FOLDER / "score.py")!r}, run_name="__main__")
-    written.append(Path({str(out / "stage_1" / "model.safetensors")!r}).stat().st_mtime_ns)
-assert written[0] == written[1] < written[2], written
-"""
-    launching.run("-c", program, folder=tmp_path)
+    first = out / "stage_1" / "model.safetensors"
+    saves = ("--use_cpu", "true", "--save_strategy", "steps", "--save_steps", 1, "--per_device_eval_batch_size", 64)
+    checkpoints = out / "checkpoint-1", first.parent / "checkpoint-1"
+    resumed = [arguments("score", small, out, *saves, "--resume_from_checkpoint", one) for one in checkpoints]
+    note = f"seen.append(Path({str(first)!r}).stat().st_mtime_ns); print('written', *seen, file=open({str(tmp_path / 'seen')!r}, 'w'))"
+    run_in_one_process(arguments("score", small, out, *saves), *resumed, folder=tmp_path, after=note)
+    written = list(map(int, (tmp_path / "seen").read_text().split()[1:]))
+    assert written[0] == written[1] < written[2]
 
 
 @pytest.mark.slow
 def test_the_demonstration_of_self_correction_leaves_a_table_and_a_figure(tmp_path):
-    settings = ("--steps", 2, "--seeds", 2, "--start-steps", 2)
+    settings = ("--steps", 2, "--seeds", 2, "--start-steps", 2, "--repeats", 1)
     launching.run(FOLDER / "self_correction.py", "--output", tmp_path / "out", *settings, folder=tmp_path)
     assert (tmp_path / "out" / "self_correction.md").read_text().count("±") == 30
     assert (tmp_path / "out" / "self_correction.png").stat().st_size > 10_000
@@ -111,7 +119,7 @@ def test_two_processes_and_data_of_ones_own(small, tmp_path):
     data.mkdir()
     for split in ("train", "test"):
         preferences.pairs(8).to_json(data / f"{split}.jsonl")
-    run("rpo", small, out, "--dataset_name", data, launch=launching.LAUNCH)
+    launching.run(*arguments("rpo", small, out, "--dataset_name", data), folder=tmp_path, launch=launching.LAUNCH)
     assert json.loads((out / "eval_results.json").read_text())["eval_loss"] > 0
 
 

@@ -109,7 +109,9 @@ def start(folder: Path, seed: int, steps: int) -> Path:
 # --- training ------------------------------------------------------------------------------------------------------------
 
 
-def stage(number: int, source: Path, folder: Path, seed: int, steps: int, **more: Any) -> list[dict[str, float]]:
+def stage(
+    number: int, source: Path, folder: Path, seed: int, steps: int, repeats: int, **more: Any
+) -> list[dict[str, float]]:
     """One stage from the weights in `source`; saves its own in `folder`. Returns what was measured on the way."""
     args = SCoReConfig(
         output_dir=str(folder),
@@ -139,7 +141,7 @@ def stage(number: int, source: Path, folder: Path, seed: int, steps: int, **more
         **more,
     )
     trainer = SCoReTrainer(
-        str(source), verifier, args, train_dataset=sums(), eval_dataset=sums().select([*range(100)] * 4)
+        str(source), verifier, args, train_dataset=sums(), eval_dataset=sums().select([*range(100)] * repeats)
     )
     trainer.train()
     trainer.save_model(str(folder))
@@ -147,16 +149,16 @@ def stage(number: int, source: Path, folder: Path, seed: int, steps: int, **more
     return [{name: entry[f"eval_score/{name}"] for name in COLUMNS} | {"step": entry["step"]} for entry in log]
 
 
-def arms(source: Path, folder: Path, seed: int, steps: int) -> dict[str, list[dict[str, float]]]:
+def arms(source: Path, folder: Path, seed: int, steps: int, repeats: int) -> dict[str, list[dict[str, float]]]:
     """Every arm takes `2 * steps` steps."""
-    first = stage(1, source, folder / "first", seed, steps, score_beta2=1.0)
-    second = stage(2, folder / "first", folder / "second", seed, steps)
+    first = stage(1, source, folder / "first", seed, steps, repeats, score_beta2=1.0)
+    second = stage(2, folder / "first", folder / "second", seed, steps, repeats)
     for row in second:
         row["step"] += steps
     return {
         "SCoRe": first + second[1:],
-        "stage 2 alone": stage(2, source, folder / "alone", seed, 2 * steps),
-        "plain RL": stage(2, source, folder / "plain", seed, 2 * steps, score_alpha=0.0),
+        "stage 2 alone": stage(2, source, folder / "alone", seed, 2 * steps, repeats),
+        "plain RL": stage(2, source, folder / "plain", seed, 2 * steps, repeats, score_alpha=0.0),
     }
 
 
@@ -204,11 +206,14 @@ def main() -> None:
         "--steps", type=int, default=100, help="optimizer steps of a stage; the other arms take twice as many"
     )
     parser.add_argument("--start-steps", type=int, default=800, help="optimizer steps of the model before")
+    parser.add_argument("--repeats", type=int, default=4, help="answers to each sum in an evaluation")
     options = parser.parse_args()
     results = []
     for seed in range(options.seeds):
         folder = options.output / f"seed{seed}"
-        results.append(arms(start(folder / "start", seed, options.start_steps), folder, seed, options.steps))
+        results.append(
+            arms(start(folder / "start", seed, options.start_steps), folder, seed, options.steps, options.repeats)
+        )
     text = table(results, options.steps)
     print(text)
     (options.output / "self_correction.md").write_text(text + "\n")

@@ -59,7 +59,6 @@ def build(row: Row, size: dict[str, int], folder: str) -> Any:
         args=row.config(
             folder,
             max_completion_length=size["length"],
-            generation_kwargs={"min_new_tokens": size["length"]},  # none is shorter
             use_cpu=not torch.cuda.is_available(),
             bf16=False,
             gradient_checkpointing=False,
