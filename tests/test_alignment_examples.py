@@ -73,7 +73,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, {str(FOLDER)!r})
-seen = []
 for sys.argv in {lines!r}:
     runpy.run_path(sys.argv[0], run_name="__main__")
     {after or "pass"}
@@ -99,9 +98,10 @@ def test_a_run_of_two_stages_goes_on_from_either(small, tmp_path):
     saves = ("--use_cpu", "true", "--save_strategy", "steps", "--save_steps", 1, "--per_device_eval_batch_size", 64)
     checkpoints = out / "checkpoint-1", first.parent / "checkpoint-1"
     resumed = [arguments("score", small, out, *saves, "--resume_from_checkpoint", one) for one in checkpoints]
-    note = f"seen.append(Path({str(first)!r}).stat().st_mtime_ns); print('written', *seen, file=open({str(tmp_path / 'seen')!r}, 'w'))"
+    seen = tmp_path / "seen"
+    note = f"print(Path({str(first)!r}).stat().st_mtime_ns, file=open({str(seen)!r}, 'a'))"
     run_in_one_process(arguments("score", small, out, *saves), *resumed, folder=tmp_path, after=note)
-    written = list(map(int, (tmp_path / "seen").read_text().split()[1:]))
+    written = list(map(int, seen.read_text().split()))
     assert written[0] == written[1] < written[2]
 
 

@@ -54,9 +54,8 @@ def main() -> None:
         )
 
     merged = Path(args.output_dir, "stage_1")
-    checkpoint, in_first = args.resume_from_checkpoint, False
-    if checkpoint is not None:
-        in_first = Path(checkpoint).resolve().parent == merged.resolve()
+    checkpoint = args.resume_from_checkpoint
+    in_first = checkpoint is not None and Path(checkpoint).resolve().parent == merged.resolve()
     if checkpoint is None or in_first:
         train_first_stage(trainer(model_path(model), 1, str(merged)), merged, checkpoint)
     second = trainer(str(merged), 2, args.output_dir)

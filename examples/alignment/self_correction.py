@@ -33,6 +33,8 @@ TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' <eos> ' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
+LEARNING_RATES = {1: 1e-3, 2: 2e-4}
+"""Of each stage. Were the second one faster, every first attempt would be right before anything else happens."""
 ARMS = {
     "SCoRe": "stage 1, then stage 2",
     "stage 2 alone": "both attempts, progress pays",
@@ -123,9 +125,7 @@ def stage(
         num_generations_eval=1,
         max_completion_length=2,
         max_steps=steps,
-        learning_rate=1e-3
-        if number == 1
-        else 2e-4,  # faster, and every first attempt is right before anything else happens
+        learning_rate=LEARNING_RATES[number],
         lr_scheduler_type="constant",
         eval_strategy="steps",
         eval_steps=max(steps // 10, 1),
